@@ -1,0 +1,32 @@
+# Everything runs in .venv, made from constraints.txt. PYTHON names the interpreter to make it with (3.11 or newer).
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test install soak lint bench
+
+demo: install
+	$(BIN)/raysd demo
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or make $(MAKECMDGOALS) PYTHON=python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m 'not soak and not gpu'
+
+soak: install
+	$(BIN)/pytest -m soak --timeout 7200
+
+bench: install
+	$(BIN)/python -m benchmarks

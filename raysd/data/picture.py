@@ -1,0 +1,102 @@
+"""One picture: from bytes that nobody vouches for to upright RGB."""
+
+import io
+import threading
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from raysd.data.place import read_bytes
+from raysd.data.words import shown
+from raysd.errors import DataError
+
+MAX_PIXELS = 100_000_000
+"""A larger picture is taken for a decompression bomb (RGB of this size is 300 MB)."""
+MAX_BYTES = 128 * 2**20
+"""Largest file of a picture."""
+LARGE = 16_000_000
+"""Pictures of more pixels are decoded one at a time, so that a pool of threads has bounded memory."""
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Decoders that run: by content, whatever the suffix says. Others are not even tried."""
+
+_one_large = threading.Lock()
+
+
+class Decoded(NamedTuple):
+    """An upright RGB picture, and the upright (width, height) that its file has (a reduced decode is smaller)."""
+
+    picture: Image.Image
+    size: tuple[int, int]
+
+
+def read_picture(path: str, limit_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture at a local path or fsspec URL as RGB: upright, alpha flattened on white, CMYK converted.
+
+    Raises DataError naming the path where it is no JPEG, PNG or WebP, is damaged, or has more than `limit_pixels`.
+    """
+    body = read_bytes(path, MAX_BYTES)
+    try:
+        return decode(body, limit_pixels).picture
+    except DataError as error:
+        raise DataError(f"{shown(path)}: {error}") from None
+
+
+def decode(body: bytes, limit_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Decoded:
+    """Bytes to upright RGB. With `at_least`, a large JPEG may come smaller, no side below that (cheaper to decode).
+
+    Raises DataError with the reason.
+    """
+    picture = _open(body)
+    pixels = picture.width * picture.height
+    if pixels > limit_pixels:
+        raise DataError(f"{picture.width}x{picture.height} is more than {limit_pixels:,} pixels")
+    if pixels <= LARGE:
+        return _load(picture, at_least)
+    with _one_large:
+        return _load(picture, at_least)
+
+
+def _open(body: bytes) -> Image.Image:
+    """The header alone: Pillow decodes pixels only when they are asked for."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(body), formats=FORMATS)
+    except Image.DecompressionBombError:
+        raise DataError(f"more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # a broken header raises OSError, SyntaxError, ValueError, struct.error …
+        raise DataError("empty" if not body else f"not a readable JPEG, PNG or WebP ({_reason(error)})") from None
+
+
+def _load(picture: Image.Image, at_least: int | None) -> Decoded:
+    width, height = picture.size
+    try:
+        if at_least is not None and picture.format in ("JPEG", "MPO"):
+            picture.draft(None, (at_least, at_least))
+        picture.load()
+        sideways = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        rgb = _rgb(ImageOps.exif_transpose(picture))
+    except Exception as error:  # decoders raise whatever their format's module raises
+        raise DataError(f"damaged ({_reason(error)})") from None
+    return Decoded(rgb, (height, width) if sideways else (width, height))
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, 16 bits are scaled to 8 (Pillow's convert would clip them)."""
+    if picture.mode.startswith("I") or picture.mode == "F":
+        scaled = np.clip(np.asarray(picture, dtype=np.float32) / 257, 0, 255).round().astype(np.uint8)
+        return Image.fromarray(scaled).convert("RGB")
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    text = "not a picture" if isinstance(error, OSError) and "cannot identify" in str(error) else str(error)
+    return shown(text or type(error).__name__, 60)

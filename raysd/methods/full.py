@@ -1,0 +1,80 @@
+"""Full fine-tuning: every weight of the denoiser moves, and of the text encoder on request."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raysd.config.training import FullSpec, TrainingSpec
+from raysd.errors import IntegrityError
+from raysd.methods.base import Batch, TrainedModule, denoising_loss, published_dtype
+from raysd.models import Family, NoiseSchedule
+
+WEIGHT_NAMES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+
+
+class Full:
+    kind = "full"
+
+    def trains_text(self, spec: TrainingSpec) -> bool:
+        return isinstance(spec.method, FullSpec) and spec.method.text_encoder
+
+    def build(self, family: Family, folder: Path, spec: TrainingSpec) -> TrainedModule:
+        text_encoder = family.text_encoder(folder).train() if self.trains_text(spec) else None
+        denoiser = family.denoiser(folder).train()
+        if spec.scale.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        return TrainedModule(family, denoiser, text_encoder)
+
+    def loss(self, model: TrainedModule, batch: Batch, schedule: NoiseSchedule, spec: TrainingSpec) -> Tensor:
+        return denoising_loss(model, batch, schedule, spec)
+
+    def write(self, family: Family, base: Path, weights: Mapping[str, Tensor], spec: TrainingSpec, out: Path) -> None:
+        """A whole diffusers folder: the base's, with the trained components' weights replaced."""
+        copy_model(base, out)
+        for prefix, folder in (("denoiser.", "unet"), ("text_encoder.", "text_encoder")):
+            trained = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+            if trained:
+                _replace_weights(out / folder, WEIGHT_NAMES[folder], trained, spec)
+        if spec.loss.prediction != "base":
+            _set_prediction(out / "scheduler" / "scheduler_config.json", spec.loss.prediction)
+
+
+def copy_model(base: Path, out: Path) -> None:
+    """Copy a diffusers folder: model_index.json and the components it names, without the safety checker."""
+    index = json.loads((base / "model_index.json").read_text())
+    left_out = {
+        name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder") if name in index
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "model_index.json").write_text(json.dumps({**index, **left_out}, indent=2) + "\n")
+    for path in sorted(base.glob("*/*")):
+        component = path.parent.name
+        if component in index and component not in left_out and path.suffix in (".json", ".txt", ".safetensors"):
+            (out / component).mkdir(exist_ok=True)
+            shutil.copyfile(path, out / component / path.name)
+
+
+def _replace_weights(folder: Path, name: str, trained: dict[str, Tensor], spec: TrainingSpec) -> None:
+    from safetensors import safe_open
+
+    before = sorted(folder.glob("*.safetensors"))
+    known: set[str] = set()
+    for path in before:
+        with safe_open(path, "pt") as file:
+            known.update(file.keys())
+    if missing := known - set(trained) - {"text_model.embeddings.position_ids"}:
+        raise IntegrityError(f"{folder.name}: the checkpoint lacks {len(missing)} of its tensors, e.g. {min(missing)}")
+    for path in [*before, *folder.glob("*.safetensors.index.json")]:
+        path.unlink()
+    dtype = published_dtype(spec)
+    body = {key: tensor.to(dtype).contiguous() for key, tensor in trained.items()}
+    save_file(body, folder / name, metadata={"format": "pt"})
+
+
+def _set_prediction(path: Path, prediction: str) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "prediction_type": prediction}, indent=2) + "\n")

@@ -1,0 +1,84 @@
+"""Stable Diffusion 1.x and what is built like it: one CLIP text encoder, a U-Net, a 4-channel autoencoder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysd.models.base import NoiseSchedule
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+class StableDiffusion:
+    """The family `sd`. Imports of diffusers and transformers are inside: they take seconds."""
+
+    name = "sd"
+    pipelines = ("StableDiffusionPipeline",)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def denoiser(self, folder: Path) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+
+    def autoencoder(self, folder: Path) -> nn.Module:
+        from diffusers import AutoencoderKL
+
+        model = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+        return model.requires_grad_(False).eval()
+
+    def text_encoder(self, folder: Path) -> nn.Module:
+        from transformers import CLIPTextModel
+
+        return CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+
+    def tokenizer(self, folder: Path) -> Any:
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+
+    def noise_schedule(self, folder: Path) -> NoiseSchedule:
+        from diffusers import DDPMScheduler
+
+        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        scheduler = DDPMScheduler.from_config(config)
+        return NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    def latent_scale(self, folder: Path) -> tuple[float, float]:
+        config = json.loads((folder / "vae" / "config.json").read_text())
+        return float(config.get("scaling_factor", 0.18215)), float(config.get("shift_factor") or 0.0)
+
+    def moments(self, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
+        return autoencoder.encode(pixels).latent_dist.parameters
+
+    def tokens(self, tokenizer: Any, captions: list[str]) -> Tensor:
+        length = tokenizer.model_max_length
+        return tokenizer(
+            captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def conditioning(self, text_encoder: nn.Module, tokens: Tensor) -> Tensor:
+        return text_encoder(tokens)[0]
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
+        return denoiser(noisy, timesteps, encoder_hidden_states=conditioning, return_dict=False)[0]
+
+    def pipeline(self, folder: Path, lora: Path | None = None, **components: Any) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        extra = {"safety_checker": None, "requires_safety_checker": False, **components}
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **extra)
+        if lora is not None:
+            pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def save_lora(self, tensors: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
+        from diffusers import StableDiffusionPipeline
+
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata, weight_name=LORA_FILE
+        )

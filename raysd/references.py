@@ -1,0 +1,130 @@
+"""A model reference, one word everywhere, made into files on this machine.
+
+tiny-sd            the bundled model            ./folder, /folder     a diffusers folder
+file.safetensors   a single-file checkpoint     org/name              a hub id
+cats@3, cats:production, cats                   a version in the registry
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from raysd.errors import IntegrityError, NotFound, RequestError
+from raysd.models import Family, family_of
+from raysd.registry import Registry, Version
+from raysd.storage import Storage, sha256_of
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model on this machine. `folder` is the whole diffusers model; `lora` an adapter over it, or None."""
+
+    ref: str
+    folder: Path
+    lora: Path | None = None
+    version: Version | None = None
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.folder)
+
+
+def locate(ref: str, storage: Storage) -> Located:
+    """Find a model; a registered version's files are checked against their digests.
+
+    Raises NotFound, RequestError (not a model), IntegrityError (not the bytes that were published).
+    """
+    if ref == "tiny-sd":
+        from raysd.assets import asset
+
+        return Located(ref, asset("tiny-sd"))
+    path = Path(ref).expanduser()
+    if ref.endswith(".safetensors"):
+        return Located(ref, _single_file(path))
+    if path.is_dir():
+        family_of(path)
+        return Located(str(path.resolve()), path.resolve())
+    if ref.startswith((".", "/", "~")):
+        raise NotFound(f"{ref}: no such folder")
+    if "/" in ref and "@" not in ref and ":" not in ref:
+        return Located(ref, _hub(ref))
+    return _registered(Registry(storage).resolve(ref), storage)
+
+
+def located_version(version: Version, storage: Storage) -> Located:
+    """A version that was resolved already."""
+    return _registered(version, storage)
+
+
+def identity(folder: Path, *components: str) -> str:
+    """sha256 over the names and bytes of a model's files (of the named components, or all): what it is, wherever it lies."""
+    roots = [folder / component for component in components] if components else [folder]
+    lines = []
+    for path in sorted(path for root in roots for path in root.rglob("*")):
+        if path.is_file() and path.suffix in (".json", ".txt", ".safetensors"):
+            lines.append(f"{path.relative_to(folder).as_posix()} {sha256_of(path.resolve())}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _registered(version: Version, storage: Storage) -> Located:
+    folder = Registry(storage).fetch(version)
+    adapters = [file.path for file in version.files if file.path.endswith("lora_weights.safetensors")]
+    if not adapters:
+        return Located(version.ref, folder, version=version)
+    base = locate(version.record["base"], storage)
+    if identity(base.folder) != version.record["base_digest"]:
+        raise IntegrityError(
+            f"{version.ref}: its base {version.record['base']} is not the one it was trained on; put that model back"
+        )
+    return Located(version.ref, base.folder, folder / adapters[0], version)
+
+
+def _hub(ref: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(ref, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "safety_checker/*"]))
+    except RepositoryNotFoundError:
+        raise NotFound(f"{ref}: no such model on the hub, or it is private (set HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise NotFound(f"{ref}: not on this machine, and the hub did not answer: {reason}") from None
+
+
+def _single_file(path: Path) -> Path:
+    """Convert a single-file checkpoint to a diffusers folder, once; kept beside the other local caches by content."""
+    if not path.is_file():
+        raise NotFound(f"{path}: no such file")
+    out = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raysd" / "single-file" / sha256_of(path)
+    if not (out / "model_index.json").exists():
+        from diffusers import StableDiffusionPipeline
+
+        # Configurations and tokenizer: a folder of the file's name beside it, or the hub's for the layout found.
+        beside = path.with_suffix("")
+        config = {"config": str(beside), "local_files_only": True} if beside.is_dir() else {}
+        try:
+            pipeline = StableDiffusionPipeline.from_single_file(path, safety_checker=None, **config)
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise RequestError(
+                f"{path}: not loadable as a Stable Diffusion checkpoint: {reason}\n"
+                f"without access to the hub, put the model's configuration and tokenizer into {beside}/"
+            ) from None
+        _save_whole(pipeline, out)
+    return out
+
+
+def _save_whole(pipeline: object, out: Path) -> None:
+    """Save under a temporary name and rename: another process sees the folder whole or not at all."""
+    scratch = out.with_name(f"{out.name}.{os.getpid()}")
+    pipeline.save_pretrained(scratch, safe_serialization=True)  # type: ignore[attr-defined]
+    json.loads((scratch / "model_index.json").read_text())
+    try:
+        scratch.rename(out)
+    except OSError:
+        if not (out / "model_index.json").exists():
+            raise

@@ -1,0 +1,293 @@
+"""A run from spec to version: prepare the data, fill the caches, train through Ray Train, publish."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from raysd import cluster
+from raysd.config import TrainingSpec
+from raysd.data.dataset import prepare
+from raysd.errors import LeaseLost, NotFound, RaysdError, RequestError, TrainingFailed
+from raysd.lease import Lease
+from raysd.methods import METHODS
+from raysd.references import Located, identity, locate
+from raysd.storage import Storage
+from raysd.train import checkpoint, runs
+from raysd.train.checkpoint import Progress
+from raysd.train.encode import fill_latents, fill_text
+from raysd.train.follow import Follower
+from raysd.train.link import Link
+from raysd.train.plan import Plan, make_plan
+from raysd.train.publish import publish
+from raysd.train.runs import LEASE, RunRecord
+from raysd.train.track import Trackers
+from raysd.train.worker import Job, train_worker
+
+Watch = Callable[[dict[str, Any]], None]
+"""Told what happens: {"kind": "phase" | "count" | "start" | "step" | "validation" | "checkpoint" | "notice", ...}."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: `finished`, or interrupted with a checkpoint to go on from."""
+
+    record: RunRecord
+    finished: bool
+
+
+def total_steps(spec: TrainingSpec, pictures: int) -> int:
+    """Optimiser steps of the run: given, or enough to pass `epochs` times over the pictures."""
+    if spec.optim.steps is not None:
+        return spec.optim.steps
+    assert spec.optim.epochs is not None
+    return max(1, -int(-spec.optim.epochs * pictures // spec.optim.batch_size))
+
+
+def train(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> Outcome:
+    """Train `spec` as run `name`, going on from its last checkpoint if it was interrupted; a finished run is published.
+
+    Raises RequestError for a wrong request before anything is written, LeaseHeld if the run is held elsewhere,
+    LeaseLost, OutOfMemory or TrainingFailed if it ends early.
+    """
+    run = runs.storage_of(root, name)
+    existing = _existing(root, name, spec)
+    located = locate(spec.base, root)
+    plan = None if existing else _new_plan(spec, root, located, watch)
+    root.require_swap()
+    launch = Launch(spec, name, root, run, located, watch)
+    with launch.lease():
+        return launch.run_all(existing or RunRecord(name, spec.model_dump(mode="json")), plan)
+
+
+def preview(spec: TrainingSpec, root: Storage, watch: Watch) -> dict[str, Any]:
+    """What a run would do, everything checked and nothing trained."""
+    located = locate(spec.base, root)
+    plan = _new_plan(spec, root, located, watch)
+    return {
+        "base": located.ref,
+        "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
+        "steps": total_steps(spec, len(plan.train)),
+        "spec": spec.model_dump(mode="json"),
+    }
+
+
+class Launch:
+    """A run while this process holds its lease."""
+
+    def __init__(self, spec: TrainingSpec, name: str, root: Storage, run: Storage, located: Located, watch: Watch):
+        self.spec, self.name, self.root, self.run, self.located, self.watch = spec, name, root, run, located, watch
+        self.lost: str | None = None
+        self.link: Any = None
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Hold the run. When the lease is lost the workers are stopped, and what they write is refused by its token."""
+        self.held = Lease.acquire(self.run, LEASE)
+        self.held.start(self._on_lost)
+        try:
+            yield
+        finally:
+            self.held.release()
+
+    def run_all(self, record: RunRecord, new_plan: Plan | None) -> Outcome:
+        if new_plan is not None:
+            new_plan.save(self.run)
+        plan = new_plan or self._frozen_plan()
+        total = total_steps(self.spec, len(plan.train))
+        self.run.delete(runs.STOP)
+        record = runs.write(self.run, replace(record, status="running", total=total, error=None))
+        try:
+            if not self._done(total):
+                self._train(record, plan, total)
+            return self._end(record, plan, total)
+        except LeaseLost:
+            raise
+        except BaseException as problem:
+            status: runs.Status = "failed" if isinstance(problem, Exception) else "interrupted"
+            runs.write(self.run, replace(record, status=status, error=str(problem) or type(problem).__name__))
+            raise
+
+    def _frozen_plan(self) -> Plan:
+        plan = Plan.load(self.run)
+        if identity(self.located.folder) != plan.base_digest:
+            raise RequestError(
+                f"base {self.spec.base} is not the model this run began with; put it back or start a new run"
+            )
+        return plan
+
+    def _train(self, record: RunRecord, plan: Plan, total: int) -> None:
+        self.watch({"kind": "phase", "text": "starting Ray"})
+        cluster.join(self.spec.scale.most_workers)
+        fill_latents(plan, self.root, self.spec, self._count)
+        if not METHODS[self.spec.method.kind].trains_text(self.spec):
+            fill_text(plan, self.root, self.spec, self._count)
+        self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
+        self.link = Link.remote()
+        trackers = Trackers(self.run, self.name, self.spec)
+        follower = Follower(self.run, self.link, trackers, self.watch, self._stop)
+        try:
+            with _on_signals(self._interrupt):
+                problem = self._fit(Job(self.root.url, self.name, self.held.token, total, self.spec, self.link))
+        finally:
+            follower.close()
+        self._raise_failure(problem)
+
+    def _fit(self, job: Job) -> BaseException | None:
+        """Run the Ray Train controller in a thread, so that this one hears signals. Returns what it raised."""
+        trainer = _trainer(job, self.run, f"{self.name}-{job.token}")
+        raised: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+        return raised[0] if raised else None
+
+    def _raise_failure(self, problem: BaseException | None) -> None:
+        import ray
+
+        if self.lost is not None:
+            raise LeaseLost(self.lost)
+        failure: RaysdError | None = ray.get(self.link.failure.remote())
+        if failure is not None:
+            raise failure
+        if problem is not None:
+            raise TrainingFailed(
+                f"run {self.name}: {_last_line(problem)}\n"
+                f"the workers' logs: {_log_folder()}\ngo on from the last checkpoint: raysd runs resume {self.name}"
+            )
+
+    def _end(self, record: RunRecord, plan: Plan, total: int) -> Outcome:
+        newest = checkpoint.latest(self.run)
+        progress = newest.progress if newest else Progress()
+        record = replace(
+            record,
+            step=progress.step,
+            checkpoint=newest.step if newest else None,
+            best_step=progress.best_step,
+            base_loss=progress.base_loss,
+            loss=progress.best if self.spec.validation.best else progress.last,
+        )
+        if newest is None or not self._done(total):
+            return Outcome(runs.write(self.run, replace(record, status="interrupted")), finished=False)
+        self.watch({"kind": "phase", "text": "publishing"})
+        self.held.renew()
+        version = publish(record, self.spec, self.root, self.run, self.located, plan)
+        ref = version.ref if version else None
+        return Outcome(runs.write(self.run, replace(record, status="finished", version=ref)), finished=True)
+
+    def _done(self, total: int) -> bool:
+        newest = checkpoint.latest(self.run)
+        patience = self.spec.validation.patience
+        return newest is not None and (
+            newest.step >= total or (patience is not None and newest.progress.stale >= patience)
+        )
+
+    def _interrupt(self, again: bool) -> None:
+        if again:
+            raise KeyboardInterrupt
+        self.watch({"kind": "notice", "text": "stopping: a checkpoint is written first (again to stop at once)"})
+        self._stop()
+
+    def _on_lost(self, reason: str) -> None:
+        self.lost = reason
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.link is not None:
+            self.link.stop.remote()
+
+    def _count(self, what: str, done: int, of: int) -> None:
+        self.watch({"kind": "count", "text": what, "done": done, "of": of})
+
+
+def _existing(root: Storage, name: str, spec: TrainingSpec) -> RunRecord | None:
+    """The run of that name, if there is one and its spec is this one."""
+    try:
+        record = runs.read(root, name)
+    except NotFound:
+        return None
+    if record.training_spec() != spec:
+        asked = RunRecord(name, spec.model_dump(mode="json"))
+        changed = ", ".join(path for path, _, _ in runs.differences(record, asked) if not path.startswith("result."))
+        raise RequestError(
+            f"run {name} exists with other settings ({changed[:120]})\n"
+            f"choose another --name, or go on with it as it is: raysd runs resume {name}"
+        )
+    return record
+
+
+def _new_plan(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> Plan:
+    watch({"kind": "phase", "text": f"checking {spec.data.source}"})
+
+    def count(done: int, of: int) -> None:
+        watch({"kind": "count", "text": "check pictures", "done": done, "of": of})
+
+    dataset = prepare(spec.data, root, count)
+    watch({"kind": "data", "report": dataset.report})
+    return make_plan(dataset, located, spec)
+
+
+def _trainer(job: Job, run: Storage, name: str) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scale = job.spec.scale
+    each = cluster.allot(scale)
+    filesystem, path = run.for_arrow("ray")
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if each.gpus else "gloo", timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=scale.workers,
+            use_gpu=each.gpus > 0,
+            resources_per_worker={"CPU": each.cpus, **({"GPU": 1} if each.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=scale.restarts),
+        ),
+    )
+
+
+@contextmanager
+def _on_signals(handle: Callable[[bool], None]) -> Iterator[None]:
+    """Call `handle(again)` on SIGINT and SIGTERM. Outside the main thread signals stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def caught(number: int, frame: Any) -> None:
+        seen.append(number)
+        handle(len(seen) > 1)
+
+    before = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _last_line(problem: BaseException) -> str:
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(problem).__name__)[:300]
+
+
+def _log_folder() -> str:
+    from ray._private.worker import global_worker
+
+    return str(global_worker.node.get_logs_dir_path()) if global_worker.node else "ray's session folder"

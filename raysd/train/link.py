@@ -1,0 +1,74 @@
+"""The wire between a run's workers and its driver: an actor that holds records until the driver takes them."""
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+from raysd.errors import RaysdError
+
+PERIOD = 0.3
+"""Seconds between two exchanges."""
+
+
+@ray.remote(num_cpus=0)
+class Link:
+    """Records flow to the driver, the wish to stop flows to the workers. Dies with the driver."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.stopping = False
+        self.problem: RaysdError | None = None
+
+    def exchange(self, records: list[dict[str, Any]]) -> bool:
+        """From rank 0: take its records, tell it whether to stop."""
+        self.records += records
+        return self.stopping
+
+    def take(self) -> list[dict[str, Any]]:
+        """From the driver: what has come since."""
+        taken, self.records = self.records, []
+        return taken
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def fail(self, problem: RaysdError) -> None:
+        """From any rank: this cannot be mended by starting again."""
+        self.problem = self.problem or problem
+
+    def failure(self) -> RaysdError | None:
+        return self.problem
+
+
+class Reporter:
+    """Rank 0's end: collects records and exchanges them in the background, so that no step waits for Ray."""
+
+    def __init__(self, link: Any):
+        self.link = link
+        self.stop_requested = False
+        self._records: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self._thread.start()
+
+    def record(self, **values: Any) -> None:
+        with self._lock:
+            self._records.append({**values, "time": time.time()})
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._ended.set()
+        self._thread.join()
+        self._exchange()
+
+    def _run(self) -> None:
+        while not self._ended.wait(PERIOD):
+            self._exchange()
+
+    def _exchange(self) -> None:
+        with self._lock:
+            records, self._records = self._records, []
+        self.stop_requested = bool(ray.get(self.link.exchange.remote(records))) or self.stop_requested

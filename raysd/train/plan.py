@@ -1,0 +1,86 @@
+"""What the workers of a run need to know of its data: cache keys and captions. Written once, read by every worker.
+
+It freezes the data of a run: a resume trains on the same pictures whatever happened to the folder since.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raysd.config.training import TrainingSpec
+from raysd.data.augment import variant
+from raysd.data.dataset import Dataset, Example
+from raysd.references import Located, identity
+from raysd.storage import Storage
+from raysd.train.batches import Item
+
+FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The data of a run. `latents` and `text` name the cache spaces under the storage's root."""
+
+    train: tuple[Item, ...]
+    validation: tuple[Item, ...]
+    weights: tuple[float, ...] | None
+    empty: str  # key of the empty caption
+    latents: str
+    text: str
+    data_digest: str
+    base_digest: str
+
+    def save(self, run: Storage) -> None:
+        run.write(FILE, json.dumps(asdict(self)).encode())
+
+    @classmethod
+    def load(cls, run: Storage) -> "Plan":
+        body = json.loads(run.read(FILE))
+        items = {name: tuple(_item(row) for row in body.pop(name)) for name in ("train", "validation")}
+        weights = body.pop("weights")
+        return cls(**items, weights=None if weights is None else tuple(weights), **body)
+
+
+def make_plan(dataset: Dataset, located: Located, spec: TrainingSpec) -> Plan:
+    """Keys hold all that an encoding depends on and nothing else: never the learning rate."""
+    folder = located.folder
+    balanced = spec.data.balance != "none"
+    return Plan(
+        train=tuple(_plan_item(example, spec, spec.data.augment.variants) for example in dataset.train),
+        validation=tuple(_plan_item(example, spec, 1) for example in dataset.validation),
+        weights=tuple(example.weight for example in dataset.train) if balanced else None,
+        empty=text_key(""),
+        latents=f"cache/latents/{identity(folder, 'vae')[:16]}-fp32",
+        text=f"cache/text/{identity(folder, 'text_encoder', 'tokenizer')[:16]}-fp32",
+        data_digest=dataset.digest,
+        base_digest=identity(folder),
+    )
+
+
+def captions(plan: Plan) -> dict[str, str]:
+    """{key: caption} of every caption that the run needs, the empty one included."""
+    return {plan.empty: "", **{item.text: item.caption for item in (*plan.train, *plan.validation)}}
+
+
+def latent_key(example: Example, spec: TrainingSpec, index: int) -> str:
+    """Content of the picture, what is done to it, and the resolution. The autoencoder is in the space's name."""
+    chosen = variant(spec.data.augment, example.id, index, spec.seed)
+    return _digest(example.id, chosen.to_json(), str(spec.data.resolution))
+
+
+def text_key(caption: str) -> str:
+    return _digest(caption)
+
+
+def _plan_item(example: Example, spec: TrainingSpec, variants: int) -> Item:
+    keys = tuple(latent_key(example, spec, index) for index in range(variants))
+    return Item(keys, example.caption, text_key(example.caption), example.path, example.id)
+
+
+def _item(row: dict[str, Any]) -> Item:
+    return Item(**{**row, "latents": tuple(row["latents"])})
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()

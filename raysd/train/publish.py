@@ -1,0 +1,67 @@
+"""From a run's checkpoint to a version in the registry. Needs no GPU and no Ray; doing it twice gives the same version."""
+
+import tempfile
+from pathlib import Path
+
+from raysd import __version__
+from raysd.config import TrainingSpec
+from raysd.methods import METHODS
+from raysd.references import Located
+from raysd.registry import Registry, Version
+from raysd.storage import Storage
+from raysd.train import checkpoint
+from raysd.train.checkpoint import Checkpoint
+from raysd.train.plan import Plan
+from raysd.train.runs import RunRecord
+
+
+def publish(
+    record: RunRecord, spec: TrainingSpec, root: Storage, run: Storage, located: Located, plan: Plan
+) -> Version | None:
+    """Publish the run's best or last weights as `publish.model`, and move the alias; None where the spec names no model."""
+    if spec.publish.model is None:
+        return None
+    chosen = chosen_checkpoint(run, spec)
+    registry = Registry(root)
+    with tempfile.TemporaryDirectory(prefix="raysd-") as scratch:
+        out = Path(scratch)
+        write_files(run, chosen, spec, located, out)
+        files = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*")) if path.is_file()}
+        version = registry.publish(spec.publish.model, files, _lineage(record, chosen, located, plan), key=record.id)
+    if spec.publish.alias is not None:
+        registry.alias(version, spec.publish.alias)
+    return version
+
+
+def chosen_checkpoint(run: Storage, spec: TrainingSpec) -> Checkpoint:
+    """The checkpoint of the lowest validation loss where the run kept it, else the last."""
+    newest = checkpoint.latest(run)
+    assert newest is not None, "a finished run has a checkpoint"
+    best = newest.progress.best_step
+    if spec.validation.best and spec.validation.every > 0 and best is not None:
+        return checkpoint.at_step(run, best)
+    return newest
+
+
+def write_files(run: Storage, chosen: Checkpoint, spec: TrainingSpec, located: Located, out: Path) -> None:
+    """A version's files, from a checkpoint: the moving average's weights where the run keeps one."""
+    tensors = checkpoint.weights(run, chosen, ema=spec.optim.ema is not None)
+    METHODS[spec.method.kind].write(located.family, located.folder, tensors, spec, out)
+
+
+def _lineage(record: RunRecord, chosen: Checkpoint, located: Located, plan: Plan) -> dict[str, object]:
+    """Where a version comes from, whole: enough to train it again."""
+    parent = located.version
+    return {
+        "family": located.family.name,
+        "method": record.spec["method"]["kind"],
+        "base": located.ref,
+        "base_digest": plan.base_digest,
+        "parent": None if parent is None else {"ref": parent.ref, "digest": parent.digest},
+        "data_digest": plan.data_digest,
+        "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
+        "run": {"name": record.name, "id": record.id, "step": chosen.step},
+        "spec": record.spec,
+        "metrics": {"base_validation_loss": chosen.progress.base_loss, "validation_loss": chosen.progress.last},
+        "code": __version__,
+    }

@@ -1,0 +1,116 @@
+"""Where step metrics go besides metrics.jsonl: TensorBoard files, MLflow, Weights & Biases, Prometheus."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from raysd.config import TrainingSpec
+from raysd.errors import RequestError
+from raysd.storage import Storage
+
+
+class Tracker(Protocol):
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files under the run's tensorboard/; a remote store gets them at the end."""
+
+    def __init__(self, run: Storage):
+        from tensorboard.summary import Writer
+
+        self.run, self.local = run, run.local_path("tensorboard")
+        self.scratch = None if self.local else tempfile.TemporaryDirectory(prefix="raysd-")
+        self.folder = self.local or Path(self.scratch.name)  # type: ignore[union-attr]
+        self.writer = Writer(str(self.folder))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+        if self.scratch is not None:
+            for path in self.folder.glob("*tfevents*"):
+                self.run.upload(path, f"tensorboard/{path.name}")
+            self.scratch.cleanup()
+
+
+class MLflow:
+    def __init__(self, uri: str, name: str, spec: TrainingSpec):
+        mlflow = _require("mlflow")
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment("raysd")
+        self.mlflow = mlflow
+        mlflow.start_run(run_name=name)
+        mlflow.log_dict(spec.model_dump(mode="json"), "spec.json")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self.mlflow.end_run()
+
+
+class Wandb:
+    def __init__(self, project: str, name: str, spec: TrainingSpec):
+        wandb = _require("wandb")
+        self.run = wandb.init(project=project, name=name, config=spec.model_dump(mode="json"))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish(quiet=True)
+
+
+class Prometheus:
+    """Gauges of the last step, through Ray's metrics agent; labelled with the run."""
+
+    def __init__(self, name: str):
+        from ray.util.metrics import Gauge
+
+        self.gauge, self.tags, self.gauges = Gauge, {"run": name}, {}  # type: Any, dict[str, str], dict[str, Any]
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for metric, value in {"step": float(step), **values}.items():
+            full = f"raysd_train_{metric}"
+            if full not in self.gauges:
+                self.gauges[full] = self.gauge(full, description=f"{metric} of a training run", tag_keys=("run",))
+            self.gauges[full].set(value, tags=self.tags)
+
+    def close(self) -> None:
+        self.gauges.clear()
+
+
+class Trackers:
+    """All trackers that a spec asks for, as one."""
+
+    def __init__(self, run: Storage, name: str, spec: TrainingSpec):
+        self.trackers: list[Tracker] = [Prometheus(name)]
+        if spec.track.tensorboard:
+            self.trackers.append(TensorBoard(run))
+        if spec.track.mlflow:
+            self.trackers.append(MLflow(spec.track.mlflow, name, spec))
+        if spec.track.wandb:
+            self.trackers.append(Wandb(spec.track.wandb, name, spec))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(step, values)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def _require(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise RequestError(f"track.{module}: not installed; pip install 'raysd[{module}]'") from None

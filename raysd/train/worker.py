@@ -1,0 +1,262 @@
+"""What each Ray Train worker runs: build, resume, step, validate, checkpoint."""
+
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from raysd.config import TrainingSpec
+from raysd.data.cache import TensorCache
+from raysd.data.sampler import Sampler
+from raysd.errors import OutOfMemory, RaysdError
+from raysd.lease import check_fence
+from raysd.methods import METHODS
+from raysd.references import locate
+from raysd.storage import Storage
+from raysd.train import checkpoint, validate
+from raysd.train.batches import Batches, Source
+from raysd.train.checkpoint import Checkpoint, Progress
+from raysd.train.ema import Ema
+from raysd.train.engine import Engine, build_engine
+from raysd.train.link import Reporter
+from raysd.train.loop import StepRecord, training_steps
+from raysd.train.plan import Plan, captions
+from raysd.train.runs import LEASE
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker is told; pictures and weights it fetches itself."""
+
+    root: str
+    run: str
+    token: int
+    total: int
+    spec: TrainingSpec
+    link: Any
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Entry point of a rank. A problem that starting again cannot mend is told to the driver, and ends the next attempt."""
+    job: Job = config["job"]
+    if ray.get(job.link.failure.remote()) is not None:
+        return
+    try:
+        Worker(job).run()
+    except RaysdError as problem:
+        ray.get(job.link.fail.remote(problem))
+        raise
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        problem = OutOfMemory(_memory_advice(job.spec, error))
+        ray.get(job.link.fail.remote(problem))
+        raise problem from error
+
+
+class Worker:
+    """One rank of one attempt."""
+
+    def __init__(self, job: Job):
+        self.job, self.spec = job, job.spec
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        self.storage = Storage(job.root)
+        self.store = self.storage.child(f"runs/{job.run}")
+        self.plan = Plan.load(self.store)
+        located = locate(self.spec.base, self.storage)
+        self.family, self.folder = located.family, located.folder
+        self.method = METHODS[self.spec.method.kind]
+        self.schedule = self.family.noise_schedule(self.folder)
+        self.reporter = Reporter(job.link) if self.rank == 0 else None
+
+    def run(self) -> None:
+        try:
+            self._run()
+        finally:
+            if self.reporter is not None:
+                self.reporter.close()
+
+    def _run(self) -> None:
+        # Weights go into the module before the engine takes it over; optimiser state and average after.
+        resumed = self._agreed_checkpoint()
+        self.engine, self.ema = self._build(resumed)
+        progress = resumed.progress if resumed else Progress()
+        self.source = self._source()
+        self.batches = self._batches()
+        if resumed is None:
+            progress = replace(progress, base_loss=self._validate(0))
+            self._draw(0)
+        self._report("start", step=progress.step, base_loss=progress.base_loss, world=self.world)
+        if self._early(progress):
+            return
+        saved = progress.step if resumed else -1
+        for record in self._steps(progress.step):
+            self._report("step", **vars(record))
+            progress = self._between(record, replace(progress, step=record.step))
+            ends = record.stop or self._early(progress) or record.step == self.job.total
+            if ends or self._due(self.spec.checkpoint.every, record.step) or progress.best_step == record.step:
+                self._save(progress)
+                saved = record.step
+            if ends:
+                break
+        if saved < progress.step:
+            self._save(progress)
+
+    def _build(self, resumed: Checkpoint | None) -> tuple[Engine, Ema | None]:
+        module = self.method.build(self.family, self.folder, self.spec)
+        if resumed is not None:
+            load_weights(module, self.store, resumed)
+        layout = torch.channels_last if self.spec.scale.channels_last else torch.preserve_format
+        module = module.to(self.device, memory_format=layout)
+        if self.spec.scale.compile:
+            module.denoiser.compile()
+        engine = build_engine(module, self.spec, device=self.device, rank=self.rank, world=self.world)
+        ema = Ema(engine, self.spec.optim.ema) if self.spec.optim.ema else None
+        if resumed is not None:
+            checkpoint.load_state(self.store, resumed, engine, ema)
+        return engine, ema
+
+    def _agreed_checkpoint(self) -> Checkpoint | None:
+        """Rank 0 chooses; the others follow, so that all resume from the same one."""
+        chosen = [checkpoint.latest(self.store) if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(chosen)
+        return chosen[0]
+
+    def _source(self) -> Source:
+        latents = TensorCache(self.storage.child(self.plan.latents)).refresh()
+        scale = self.family.latent_scale(self.folder)
+        if not self.method.trains_text(self.spec):
+            return Source(latents, TensorCache(self.storage.child(self.plan.text)).refresh(), scale)
+        tokenizer = self.family.tokenizer(self.folder)
+        wanted = captions(self.plan)
+        tokens = self.family.tokens(tokenizer, list(wanted.values()))
+        return Source(latents, dict(zip(wanted, tokens, strict=True)), scale)
+
+    def _batches(self) -> Batches:
+        variants = self.spec.data.augment.variants
+        size = self.spec.optim.batch_size
+        sampler = Sampler(len(self.plan.train), size, self.spec.seed, variants, self.plan.weights)
+        return Batches(
+            self.plan.train, self.plan.empty, self.source, sampler, self.schedule, self.spec, self.rank, self.world
+        )
+
+    def _steps(self, start: int) -> Any:
+        def asked() -> bool:
+            return self.reporter is not None and self.reporter.stop_requested
+
+        return training_steps(
+            self.engine, self.method, self.batches, self.schedule, self.spec, self.ema, start, self.job.total, asked
+        )
+
+    def _between(self, record: StepRecord, progress: Progress) -> Progress:
+        """Validation and pictures, where they are due."""
+        last = record.step == self.job.total
+        if not (last or self._due(self.spec.validation.every, record.step)):
+            return progress
+        loss = self._validate(record.step)
+        self._draw(record.step)
+        if loss is None:
+            return progress
+        progress = replace(progress, last=loss)
+        if progress.best is None or loss < progress.best:
+            return replace(progress, best=loss, best_step=record.step, stale=0)
+        return replace(progress, stale=progress.stale + 1)
+
+    def _validate(self, step: int) -> float | None:
+        def measure() -> float | None:
+            return validate.validation_loss(
+                self.engine, self.method, self.plan.validation, self.source, self.schedule, self.spec
+            )
+
+        loss = self._with_average(measure)
+        if loss is not None:
+            self._report("validation", step=step, validation_loss=loss)
+        return loss
+
+    def _draw(self, step: int) -> None:
+        if not self.spec.validation.prompts:
+            return
+        images = self._with_average(lambda: validate.pictures(self.engine, self.folder, self.spec))
+        for number, image in enumerate(images if self.rank == 0 else []):
+            body = io.BytesIO()
+            image.save(body, "PNG")
+            self.store.write(f"samples/{step:08d}-{number:02d}.png", body.getvalue())
+
+    def _with_average(self, work: Callable[[], Any]) -> Any:
+        """Do `work` with the moving average in the module's place, where the run keeps one."""
+        if self.ema is None:
+            return work()
+        with self.ema.swapped():
+            return work()
+
+    def _save(self, progress: Progress) -> None:
+        def fence() -> None:
+            check_fence(self.store, LEASE, self.job.token)
+
+        checkpoint.save(self.store, self.engine, self.ema, progress, self.job.token, fence)
+        if self.rank == 0:
+            checkpoint.prune(self.store, self.spec.checkpoint.keep, progress.best_step if self._keeps_best() else None)
+        self._report("checkpoint", step=progress.step, best=progress.best, best_step=progress.best_step)
+
+    def _keeps_best(self) -> bool:
+        return self.spec.validation.best and self.spec.validation.every > 0
+
+    def _early(self, progress: Progress) -> bool:
+        patience = self.spec.validation.patience
+        return patience is not None and progress.stale >= patience
+
+    def _due(self, every: int, step: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _report(self, kind: str, **values: Any) -> None:
+        if self.reporter is not None:
+            self.reporter.record(kind=kind, **values)
+
+
+def load_weights(module: nn.Module, run: Storage, resumed: Checkpoint) -> None:
+    """Put a checkpoint's weights into a module that no engine holds yet."""
+    parameters = dict(module.named_parameters())
+    with checkpoint.tensors(run, resumed) as readers, torch.no_grad():
+        for name, read in readers.items():
+            if name.startswith("weight/"):
+                parameters[name.removeprefix("weight/")].copy_(read())
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
+def _memory_advice(spec: TrainingSpec, error: BaseException) -> str:
+    asked = (str(error).splitlines() or ["out of memory"])[0][:200]
+    per_worker = -(-spec.optim.batch_size // spec.scale.most_workers)
+    tries = []
+    if (spec.optim.micro_batch or per_worker) > 1:
+        tries.append(f"--optim.micro_batch {max(1, (spec.optim.micro_batch or per_worker) // 2)}")
+    if not spec.scale.gradient_checkpointing:
+        tries.append("--scale.gradient_checkpointing true")
+    if spec.scale.precision == "fp32":
+        tries.append("--scale.precision bf16")
+    if spec.scale.zero_stage < 3 and spec.scale.most_workers > 1:
+        tries.append(f"--scale.zero_stage {spec.scale.zero_stage + 1}")
+    if spec.method.kind == "full":
+        tries.append("--method.kind lora")
+    return (
+        f"out of memory on {os.uname().nodename}: {asked}\n"
+        f"asked for: batch {spec.optim.batch_size} over {spec.scale.most_workers} workers at {spec.data.resolution} px\n"
+        f"try: {' or '.join(tries[:3]) or 'a smaller data.resolution or a larger machine'}"
+    )

@@ -1,0 +1,42 @@
+"""Pictures for tests, made by numpy: the same seed gives the same picture."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def photo(seed: int, width: int = 128, height: int | None = None) -> Image.Image:
+    """A cloudy colour picture with the spectrum of photographs (amplitude 1/f)."""
+    height = height or width
+    rng = np.random.default_rng(seed)
+    falloff = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
+    falloff[0, 0] = 1
+    common = rng.normal(size=(height, width))
+    channels = []
+    for _ in range(3):
+        values = np.fft.ifft2(np.fft.fft2(common + 0.5 * rng.normal(size=(height, width))) / falloff).real
+        channels.append(128 + 25 * rng.normal() + 45 * (values - values.mean()) / values.std())
+    return Image.fromarray(np.clip(np.stack(channels, -1), 0, 255).astype(np.uint8))
+
+
+def noise(seed: int, side: int = 128) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    body = io.BytesIO()
+    picture.save(body, kind, **options)
+    return body.getvalue()
+
+
+def folder(root: Path, count: int = 6, captions: bool = True, first: int = 0, side: int = 128) -> Path:
+    """`count` different photos `p0.png`, … with captions beside them."""
+    root.mkdir(parents=True, exist_ok=True)
+    for index in range(first, first + count):
+        (root / f"p{index}.png").write_bytes(encoded(photo(index, side)))
+        if captions:
+            (root / f"p{index}.txt").write_text(f"a photo number {index}")
+    return root

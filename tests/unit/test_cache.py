@@ -1,0 +1,61 @@
+"""The tensor cache: what is written is read, by range, and what is old goes."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from raysd.data.cache import FRESH_SECONDS, TensorCache, evict
+from raysd.errors import StorageError
+from raysd.storage import Storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path))
+
+
+def test_03_tensors_come_back_under_their_own_keys_in_any_order(storage):
+    records = {f"key{n}": torch.full((2, n + 1), float(n)) for n in range(9)}
+    cache = TensorCache(storage.child("cache/latents/space"))
+    cache.write({key: records[key] for key in list(records)[:4]})
+    cache.write({key: records[key] for key in list(records)[4:]})
+    reader = TensorCache(storage.child("cache/latents/space")).refresh()
+    for key, tensor in zip(
+        ["key7", "key1", "key1", "key4"], reader.read(["key7", "key1", "key1", "key4"]), strict=True
+    ):
+        assert torch.equal(tensor, records[key])
+    assert reader.missing(["key8", "other", "other"]) == ["other"]
+
+
+def test_a_reader_sees_what_another_wrote_after_a_refresh(storage):
+    reader, writer = TensorCache(storage.child("space")).refresh(), TensorCache(storage.child("space"))
+    writer.write({"a": torch.ones(3)})
+    with pytest.raises(StorageError, match="1 cached tensors are gone"):
+        reader.read(["a"])
+    assert torch.equal(reader.refresh().read(["a"])[0], torch.ones(3))
+
+
+def test_a_shard_without_its_index_does_not_exist(storage):
+    writer = TensorCache(storage.child("space"))
+    writer.write({"a": torch.ones(3)})
+    [index] = storage.list("space/index")
+    storage.delete(index.path)
+    assert TensorCache(storage.child("space")).refresh().missing(["a"]) == ["a"]
+
+
+def test_eviction_takes_the_longest_unused_and_nothing_of_today(storage, tmp_path):
+    cache = TensorCache(storage.child("cache/latents/space"))
+    for name in ("old", "older", "new"):
+        cache.write({name: torch.ones(1000)})
+    by_key = {key: place.shard for key, place in cache._places.items()}
+    for name, days in (("old", 3), ("older", 5)):
+        index = by_key[name].replace("shards/", "index/").replace(".safetensors", ".json")
+        when = time.time() - days * FRESH_SECONDS
+        os.utime(tmp_path / "cache/latents/space" / index, (when, when))
+    assert evict(storage.child("cache"), max_bytes=9000, max_age=90 * FRESH_SECONDS) > 4000
+    left = TensorCache(storage.child("cache/latents/space")).refresh()
+    assert left.missing(["old", "older", "new"]) == ["older"]
+    assert evict(storage.child("cache"), max_bytes=0, max_age=0) > 4000
+    assert TensorCache(storage.child("cache/latents/space")).refresh().missing(["old", "new"]) == ["old"]
