@@ -76,7 +76,6 @@ class Lease:
         self._lost: str | None = None
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        _ours.add(record.nonce)
 
     @classmethod
     def acquire(cls, storage: Storage, path: str, *, ttl: float = TTL) -> "Lease":
@@ -88,11 +87,14 @@ class Lease:
             _refuse_if_held(storage, path, record)
         began = clock()
         mine = _mine(record.token + 1 if record else 1, ttl)
+        _ours.add(mine.nonce)  # before another thread can find it in the store
         try:
-            new = storage.swap(path, _pack(mine), tag)
-        except Stale:
-            raise _held(storage, path) from None
-        return cls(storage, path, mine, new, began)
+            return cls(storage, path, mine, storage.swap(path, _pack(mine), tag), began)
+        except RaysdError as error:
+            _ours.discard(mine.nonce)
+            if isinstance(error, Stale):
+                raise _held(storage, path) from None
+            raise
 
     @property
     def token(self) -> int:

@@ -1,4 +1,4 @@
-"""An S3 server in a process of its own, reached over HTTP on the loopback interface."""
+"""An S3 server in a process of its own, reached over HTTP on the loopback interface; and a registry to start from."""
 
 import os
 import socket
@@ -7,11 +7,15 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+
+from raysd.registry import Registry, Version
+from raysd.storage import Storage
+from tests.versions import files_of
 
 # moto looks at a condition and writes in two steps; S3 does it in one, so requests take turns here.
 SERVER = """
@@ -58,7 +62,7 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     bucket = f"test-{uuid.uuid4().hex}"
-    options = {"endpoint_url": s3_endpoint, "key": "test", "secret": "test", "skip_instance_cache": True}
+    options = {"endpoint_url": s3_endpoint, "key": "test", "secret": "test"}
     fsspec.filesystem("s3", **options).mkdir(bucket)
     return f"s3://{bucket}/root"
 
@@ -67,6 +71,23 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A store of each kind."""
     return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path / "store")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """A registry in a local folder, and a local cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Registry(Storage(str(tmp_path / "store")))
+
+
+@pytest.fixture
+def put(registry: Registry, tmp_path: Path) -> Callable[[int], Version]:
+    """Publishes cats of a seed in it."""
+
+    def publish_one(seed: int) -> Version:
+        return registry.publish("cats", files_of(tmp_path / f"files{seed}", seed), {"seed": seed}, key=f"key{seed}")
+
+    return publish_one
 
 
 def _wait(server: subprocess.Popen[bytes], url: str) -> None:

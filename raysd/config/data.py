@@ -40,7 +40,7 @@ class DataSpec(Spec):
     balance: Literal["none", "caption", "folder"] = "none"
     """Sample each caption, or each folder, equally often."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What happens to exact and near duplicates beyond the largest of a group; kept ones are never split apart."""
+    """What happens to exact and near duplicates beyond the best of a group; kept ones are never split apart."""
     blurry: Literal["drop", "keep"] = "keep"
     """What happens to blurred and blank pictures; they are named in the report either way."""
     outliers: Literal["drop", "keep"] = "keep"

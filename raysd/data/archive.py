@@ -102,7 +102,9 @@ def _members(zipped: zipfile.ZipFile, size: int, origin: str) -> Iterator[tuple[
 
 def _name(member: zipfile.ZipInfo, origin: str) -> str:
     """A relative name with forward slashes. Raises DataError where it climbs out of the archive."""
-    name = member.orig_filename.split("\0", 1)[0].replace("\\", "/")
+    name = member.orig_filename.replace("\\", "/")
+    if not name or "\0" in name:
+        raise DataError(f"{origin}: {shown(name)!r} is no name for a file: refused")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
         raise DataError(f"{origin}: {shown(name)!r} leads out of the archive: refused")
     return posixpath.normpath(name)

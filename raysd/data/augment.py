@@ -96,7 +96,7 @@ def _turned(pixels: Tensor, degrees: float, scale: float) -> Tensor:
 
     side = pixels.shape[-1]
     centre = torch.full((1, 2), (side - 1) / 2)
-    matrix = get_rotation_matrix2d(centre, torch.tensor([degrees]), torch.full((1, 2), scale))
+    matrix = get_rotation_matrix2d(centre, torch.full((1,), float(degrees)), torch.full((1, 2), scale))
     return warp_affine(pixels[None], matrix, (side, side), padding_mode="reflection", align_corners=True)[0]
 
 

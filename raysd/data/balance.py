@@ -1,5 +1,6 @@
 """Final captions, and how evenly captions and folders are represented."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
@@ -46,7 +47,8 @@ def caption_of(own: str | None, prompt: str | None) -> str:
         return own or ""
     if own or not is_template(prompt):
         return prompt.replace(PLACE, own or "").strip()
-    return " ".join(prompt.replace(PLACE, "").split()).strip(" ,;:-").replace(" ,", ",")
+    rest = " ".join(prompt.replace(PLACE, "").split())
+    return re.sub(r"(\s*,)+", ",", rest).strip(" ,;:-")
 
 
 def weights(keys: Sequence[str]) -> list[float]:

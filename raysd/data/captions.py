@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from raysd.data.place import File, locate, read_bytes
-from raysd.data.words import shown
+from raysd.data.words import is_text, shown
 from raysd.errors import DataError
 
 SIDECARS = (".txt", ".caption")
@@ -113,6 +113,8 @@ def _jsonl_rows(file: File, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         picture, caption = _keys(where, list(row))
         if not isinstance(row[picture], str) or not isinstance(row[caption] or "", str):
             raise DataError(f"{where}: {picture} and {caption} must be text")
+        if not is_text(row[picture] + (row[caption] or "")):
+            raise DataError(f"{where}: half a character (\\ud8xx alone); write the character itself")
         yield where, {"file_name": row[picture], "caption": row[caption] or ""}
 
 

@@ -61,13 +61,14 @@ def examine(source: Source, spec: DataSpec, progress: Progress | None = None) ->
     """What `check` does, with the pictures. Memory: about 3 KB a picture, and one decoded picture a thread."""
     readable, unreadable = _measure(source.entries, progress)
     pictures, groups = _grouped(readable, spec)
-    blurry = [picture for picture in pictures if picture.facts.blur >= BLURRY]
-    scores = _scores([group[0] for group in groups])
-    odd = [picture for picture in pictures if scores.get(picture.group, 0) >= OUTLIER]
     dropped = _names([p for group in groups for p in group[1:]]) if spec.duplicates == "drop" else set()
+    scores = _scores([group[0] for group in groups])
+    left = [picture for picture in pictures if picture.entry.name not in dropped]
+    blurry = [picture for picture in left if picture.facts.blur >= BLURRY]
+    odd = [picture for picture in left if scores[picture.group] >= OUTLIER]
     dropped |= _names(blurry) if spec.blurry == "drop" else set()
     dropped |= _names(odd) if spec.outliers == "drop" else set()
-    used = [picture for picture in pictures if picture.entry.name not in dropped]
+    used = [picture for picture in left if picture.entry.name not in dropped]
     report = Report(
         origin=source.origin,
         found=len(source.entries),
@@ -111,7 +112,7 @@ def _try(entry: Entry, store: Any) -> Facts | str:
 
 
 def _grouped(readable: Sequence[tuple[Entry, Facts]], spec: DataSpec) -> tuple[list[Picture], list[list[Picture]]]:
-    """Pictures by name, and in groups of duplicates, in each the one to keep first: captioned, largest, by content."""
+    """Pictures by name, and in groups of duplicates, in each the one to keep first: captioned, sharp, large."""
     labels = near_groups([facts for _, facts in readable])
     keys: dict[int, str] = {}
     for label, (_, facts) in zip(labels, readable, strict=True):
@@ -123,9 +124,9 @@ def _grouped(readable: Sequence[tuple[Entry, Facts]], spec: DataSpec) -> tuple[l
     return pictures, [sorted(group, key=_preference) for group in groups.values()]
 
 
-def _preference(picture: Picture) -> tuple[bool, int, str, str]:
+def _preference(picture: Picture) -> tuple[bool, bool, int, str, str]:
     facts = picture.facts
-    return picture.entry.caption is None, -facts.width * facts.height, facts.id, picture.entry.name
+    return picture.entry.caption is None, facts.blur >= BLURRY, -facts.width * facts.height, facts.id, picture.entry.name
 
 
 def _scores(firsts: Sequence[Picture]) -> dict[str, float]:

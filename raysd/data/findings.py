@@ -50,7 +50,9 @@ class Report(BaseModel):
     """The shorter side has fewer pixels than data.resolution."""
     duplicates: tuple[Duplicates, ...]
     blurry: tuple[Finding, ...]
+    """Blurred or blank, duplicates that are dropped aside; `what` is `facts.blur`."""
     outliers: tuple[Finding, ...]
+    """Noise, or unlike all others; `what` is the score of `compare.outlier_scores`."""
     dropped: tuple[str, ...]
     """Readable and not used: duplicates, and blurry pictures and outliers where the spec says so."""
     missing_captions: tuple[str, ...]

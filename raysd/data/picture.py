@@ -6,7 +6,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from raysd.data.place import read_bytes
 from raysd.data.words import shown
@@ -69,7 +69,8 @@ def _open(body: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise DataError(f"more than {MAX_PIXELS:,} pixels") from None
     except Exception as error:  # a broken header raises OSError, SyntaxError, ValueError, struct.error …
-        raise DataError("empty" if not body else f"not a readable JPEG, PNG or WebP ({_reason(error)})") from None
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_reason(error)})"
+        raise DataError("empty" if not body else f"not a readable JPEG, PNG or WebP{reason}") from None
 
 
 def _load(picture: Image.Image, at_least: int | None) -> Decoded:
@@ -98,5 +99,4 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _reason(error: Exception) -> str:
-    text = "not a picture" if isinstance(error, OSError) and "cannot identify" in str(error) else str(error)
-    return shown(text or type(error).__name__, 60)
+    return shown(str(error) or type(error).__name__, 60)

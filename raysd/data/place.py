@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from raysd.data.words import shown
+from raysd.data.words import is_text, shown
 from raysd.errors import DataError, StorageError
 
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory", "file")
@@ -75,6 +75,8 @@ def _local(root: Path) -> Iterator[File]:
         for name in names:
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
+            if not is_text(relative):
+                raise DataError(f"{shown(relative)}: a file name that is not UTF-8; rename it")
             if not hidden(relative) and path.is_file():
                 yield File(relative, str(path), path.stat().st_size)
 

@@ -1,6 +1,14 @@
 """Foreign text (names, captions) made fit for one line of a message or a terminal."""
 
+import re
 from collections.abc import Sequence
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON can spell half characters, and file names can be any bytes."""
+    return _SURROGATE.search(text) is None
 
 
 def shown(text: str, most: int = 80) -> str:

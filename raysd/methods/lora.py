@@ -66,7 +66,7 @@ def _config(spec: TrainingSpec, targets: tuple[str, ...]) -> Any:
     method = _method(spec)
     return LoraConfig(
         r=method.rank,
-        lora_alpha=method.alpha or method.rank,  # type: ignore[arg-type]
+        lora_alpha=method.alpha or method.rank,
         lora_dropout=method.dropout,
         target_modules=list(targets),
         init_lora_weights="gaussian",

@@ -16,8 +16,8 @@ class StableDiffusion:
     """The family `sd`. Imports of diffusers and transformers are inside: they take seconds."""
 
     name = "sd"
-    pipelines = ("StableDiffusionPipeline",)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def denoiser(self, folder: Path) -> nn.Module:
         from diffusers import UNet2DConditionModel
@@ -52,7 +52,8 @@ class StableDiffusion:
         return float(config.get("scaling_factor", 0.18215)), float(config.get("shift_factor") or 0.0)
 
     def moments(self, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
-        return autoencoder.encode(pixels).latent_dist.parameters
+        encoder: Any = autoencoder
+        return encoder.encode(pixels).latent_dist.parameters
 
     def tokens(self, tokenizer: Any, captions: list[str]) -> Tensor:
         length = tokenizer.model_max_length

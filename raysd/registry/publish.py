@@ -76,17 +76,19 @@ def _number(storage: Storage, draft: Draft) -> Version:
     publication has that one for good. So publishers of one key always try the same number, where the first manifest
     wins, and one that comes late with an old number finds it taken: a key never gets two versions.
     """
+    aim = None
     while True:
-        number, tag = _claim(storage, draft)
+        number, tag = aim or _claim(storage, draft)
         data = manifest.pack(draft.model, number, draft.key, draft.created, draft.files, draft.record)
+        path = manifest_path(draft.model, number)
         try:
-            storage.create(manifest_path(draft.model, number), data)
+            storage.create(path, data)
             return manifest.unpack(data, draft.model, number, False)
         except AlreadyExists:
-            other = load(storage, draft.model, number)
+            other = manifest.unpack(storage.read(path), draft.model, number, False)
         if other.key == draft.key:
-            return other
-        _aim(storage, draft, latest(storage, draft.model) + 1, tag)
+            return load(storage, draft.model, number)
+        aim = _aim(storage, draft, tag)
 
 
 def _claim(storage: Storage, draft: Draft) -> tuple[int, str]:
@@ -95,15 +97,18 @@ def _claim(storage: Storage, draft: Draft) -> tuple[int, str]:
         try:
             return _aimed(storage, draft.model, draft.key)
         except NotFound:
-            _aim(storage, draft, latest(storage, draft.model) + 1, None)
+            if aim := _aim(storage, draft, None):
+                return aim
 
 
-def _aim(storage: Storage, draft: Draft, number: int, tag: str | None) -> None:
-    """Try `number` from now on, unless another publisher of the same key changed that already."""
+def _aim(storage: Storage, draft: Draft, tag: str | None) -> tuple[int, str] | None:
+    """Try the next free number from now on; None where another publisher of the same key changed that already."""
+    number = latest(storage, draft.model) + 1
+    data = json.dumps({"number": number, "key": draft.key}).encode()
     try:
-        storage.swap(_key_path(draft.model, draft.key), json.dumps({"number": number, "key": draft.key}).encode(), tag)
+        return number, storage.swap(_key_path(draft.model, draft.key), data, tag)
     except Stale:
-        return
+        return None
 
 
 def _aimed(storage: Storage, model: str, key: str) -> tuple[int, str]:

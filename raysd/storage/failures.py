@@ -41,6 +41,8 @@ def explained(error: BaseException, name: str, root: str) -> Exception:
         return NotFound(f"{name}: no such object")
     if number in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"{name}: no space left on {root}: free some or set RAYSD_STORAGE")
+    if number == errno.ENOTEMPTY:
+        return StorageError(f"{name}: another process is writing into it: stop that first")
     if isinstance(error, PermissionError) or status in (401, 403) or number == errno.EROFS:
         return StorageError(f"{name}: access to {root} was denied{_hint(root)}")
     if _names(error) & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:

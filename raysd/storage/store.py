@@ -170,14 +170,15 @@ class Storage:
 
     def require_swap(self) -> None:
         """Try create-only and compare-and-swap once a process. Raises StorageError where the store ignores them."""
-        if (os.getpid(), self.url) in _probed:
+        site = self.url if "://" not in self.url else "/".join(self.url.split("/")[:3])  # a folder, or a bucket
+        if (os.getpid(), site) in _probed:
             return
         path = f"{HIDDEN}probe-{uuid.uuid4().hex}"
         try:
             self._probe(path)
         finally:
             self._run(path, lambda: self._backend.delete(path))
-        _probed.add((os.getpid(), self.url))
+        _probed.add((os.getpid(), site))
 
     def _probe(self, path: str) -> None:
         first = self._attempt(path, b"1", None)

@@ -47,13 +47,18 @@ PERSISTENT = 10_000
 
 
 class DeepSpeedEngine:
-    """Implements `engine.Engine`. Which methods are collective depends on the stage: treat all as collective."""
+    """Implements `engine.Engine`. Which methods are collective depends on the stage: treat all as collective.
+
+    With offload at stages 2 and 3 DeepSpeed takes the gradients of those parameters only that the last micro-step used;
+    here every micro-step uses all.
+    """
 
     def __init__(self, module: nn.Module, spec: TrainingSpec, *, device: torch.device, rank: int, world: int) -> None:
         deepspeed = _import_deepspeed(device)
         _join(device, rank, world)
         self.module, self.device, self.rank, self.world, self.skipped = module, device, rank, world, False
-        self._stage, self._clip = spec.scale.zero_stage, spec.optim.clip
+        self._stage, self._offload = spec.scale.zero_stage, spec.scale.offload == "optimizer"
+        self._clip = spec.optim.clip
         self._parameters = trainable(module)
         _plain_layout(module)
         self._scale = LossScale(spec.scale.precision)
@@ -94,17 +99,17 @@ class DeepSpeedEngine:
     def _sharded_step(self) -> float:
         """Stages 1 to 3: DeepSpeed computes the norm over all shards, unscales, clips, steps, or skips the step."""
         self._engine.step()
-        if self._stage == 3:
-            self._forget_gradients()
+        self._forget_gradients()
         return float(self._engine.get_global_grad_norm())
 
     def _forget_gradients(self) -> None:
-        """Stage 3 overwrites a gradient when the next one comes: of a parameter that gets none it would use the old."""
+        """Stage 3, and offload, overwrite a gradient when the next one comes: a parameter that gets none kept the old."""
         optimizer = self._engine.optimizer
-        optimizer.grad_partitions_flat_buffer.zero_()
-        optimizer.norm_for_param_grads.clear()
-        for flat in self._flats():
-            if flat.grad is not None:  # with offload it stays
+        if self._stage == 3:
+            optimizer.grad_partitions_flat_buffer.zero_()
+        if self._offload:
+            optimizer.norm_for_param_grads.clear()
+            for flat in self._flats():
                 flat.grad.zero_()
 
     def trainable_names(self) -> list[str]:
@@ -121,7 +126,7 @@ class DeepSpeedEngine:
     def write_weight(self, name: str, value: Tensor | None, source: int) -> None:
         parameter: Any = self._parameters[name]
         if self._stage == 3:
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
 
             with GatheredParameters([parameter], modifier_rank=source):
                 if value is not None and self.rank == source:
@@ -166,7 +171,7 @@ class DeepSpeedEngine:
         optimizer = self._engine.optimizer
         return optimizer.optimizer if self._stage > 0 else optimizer
 
-    def _flats(self) -> list[Tensor]:
+    def _flats(self) -> list[Any]:
         """This rank's fp32 shards of the trained weights, one a group of parameters, each flat."""
         optimizer = self._engine.optimizer
         return optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups

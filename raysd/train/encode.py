@@ -38,7 +38,7 @@ class PictureEncoder:
         located = locate(base, storage)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.family = located.family
-        self.autoencoder = self.family.autoencoder(located.folder).to(self.device, memory_format=torch.channels_last)
+        self.autoencoder = self.family.autoencoder(located.folder).to(self.device)
         self.cache = TensorCache(storage.child(space))
         self.spec, self.augment = spec, spec.data.augment
         self.readers = ThreadPoolExecutor(4)

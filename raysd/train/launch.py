@@ -125,7 +125,7 @@ class Launch:
         if not METHODS[self.spec.method.kind].trains_text(self.spec):
             fill_text(plan, self.root, self.spec, self._count)
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
-        self.link = Link.remote()
+        self.link = Link.remote()  # type: ignore[attr-defined]
         trackers = Trackers(self.run, self.name, self.spec)
         follower = Follower(self.run, self.link, trackers, self.watch, self._stop)
         try:
@@ -227,6 +227,7 @@ def _existing(root: Storage, name: str, spec: TrainingSpec) -> RunRecord | None:
 
 
 def _new_plan(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> Plan:
+    _refuse_unfit(spec, located)
     watch({"kind": "phase", "text": f"checking {spec.data.source}"})
 
     def count(done: int, of: int) -> None:
@@ -235,6 +236,20 @@ def _new_plan(spec: TrainingSpec, root: Storage, located: Located, watch: Watch)
     dataset = prepare(spec.data, root, count)
     watch({"kind": "data", "report": dataset.report})
     return make_plan(dataset, located, spec)
+
+
+def _refuse_unfit(spec: TrainingSpec, located: Located) -> None:
+    """What only the base can tell. Raises RequestError."""
+    if located.lora is not None:
+        raise RequestError(
+            f"base {spec.base}: holds an adapter, not a whole model; train from its base, or a full version"
+        )
+    predicts = located.family.noise_schedule(located.folder).prediction
+    if spec.method.kind == "lora" and spec.loss.prediction not in ("base", predicts):
+        raise RequestError(
+            f"loss.prediction {spec.loss.prediction}: an adapter predicts what its base does ({predicts}); "
+            "leave it at base, or use method.kind full"
+        )
 
 
 def _trainer(job: Job, run: Storage, name: str) -> Any:

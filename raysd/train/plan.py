@@ -37,9 +37,10 @@ class Plan:
     @classmethod
     def load(cls, run: Storage) -> "Plan":
         body = json.loads(run.read(FILE))
-        items = {name: tuple(_item(row) for row in body.pop(name)) for name in ("train", "validation")}
-        weights = body.pop("weights")
-        return cls(**items, weights=None if weights is None else tuple(weights), **body)
+        for name in ("train", "validation"):
+            body[name] = tuple(_item(row) for row in body[name])
+        body["weights"] = None if body["weights"] is None else tuple(body["weights"])
+        return cls(**body)
 
 
 def make_plan(dataset: Dataset, located: Located, spec: TrainingSpec) -> Plan:

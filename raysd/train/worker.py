@@ -28,6 +28,7 @@ from raysd.train.engine import Engine, build_engine
 from raysd.train.link import Reporter
 from raysd.train.loop import StepRecord, training_steps
 from raysd.train.plan import Plan, captions
+from raysd.train.profile import Profiler
 from raysd.train.runs import LEASE
 
 
@@ -56,9 +57,9 @@ def train_worker(config: dict[str, Any]) -> None:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        problem = OutOfMemory(_memory_advice(job.spec, error))
-        ray.get(job.link.fail.remote(problem))
-        raise problem from error
+        shortage = OutOfMemory(_memory_advice(job.spec, error))
+        ray.get(job.link.fail.remote(shortage))
+        raise shortage from error
 
 
 class Worker:
@@ -99,8 +100,11 @@ class Worker:
         if self._early(progress):
             return
         saved = progress.step if resumed else -1
+        profiler = Profiler(self.store) if self.spec.track.profile and self.rank == 0 else None
         for record in self._steps(progress.step):
             self._report("step", **vars(record))
+            if profiler is not None:
+                profiler.step()
             progress = self._between(record, replace(progress, step=record.step))
             ends = record.stop or self._early(progress) or record.step == self.job.total
             if ends or self._due(self.spec.checkpoint.every, record.step) or progress.best_step == record.step:
@@ -115,8 +119,13 @@ class Worker:
         module = self.method.build(self.family, self.folder, self.spec)
         if resumed is not None:
             load_weights(module, self.store, resumed)
-        layout = torch.channels_last if self.spec.scale.channels_last else torch.preserve_format
-        module = module.to(self.device, memory_format=layout)
+        module = module.to(self.device)
+        if self.spec.scale.channels_last:
+            module.layout = torch.channels_last
+            if (
+                self.world == 1 and self.spec.scale.zero_stage == 0
+            ):  # DeepSpeed flattens weights: it needs them contiguous
+                module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.spec.scale.compile:
             module.denoiser.compile()
         engine = build_engine(module, self.spec, device=self.device, rank=self.rank, world=self.world)

@@ -153,7 +153,7 @@ def _polygon(points: list[Point], resolution: int) -> Mask:
     side = resolution * SUPERSAMPLING
     canvas = Image.new("L", (side, side))
     ImageDraw.Draw(canvas).polygon([(x * side, y * side) for x, y in points], fill=255)
-    return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / 255
+    return np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32) / np.float32(255)
 
 
 def _placed(points: list[Point], centre: Point, radius: float, tilt: float) -> list[Point]:

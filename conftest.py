@@ -1,0 +1,6 @@
+"""Fixtures for all tests, and threads that two cores can carry."""
+
+from raysd.quiet import quiet_libraries
+
+quiet_libraries()
+pytest_plugins = ["tests.base", "tests.cluster"]

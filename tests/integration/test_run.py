@@ -1,0 +1,148 @@
+"""A run from the command line to a version that draws: real Ray, DeepSpeed, registry."""
+
+import json
+
+import pytest
+import torch
+
+from raysd.references import locate
+from raysd.registry import Registry
+from raysd.storage import Storage
+from tests.base import toml
+from tests.cluster import json_of, raysd
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_base, tiny_pictures, ray_address, tmp_path_factory):
+    """A finished LoRA run of two workers at stage 2, its alpha not its rank."""
+    root = tmp_path_factory.mktemp("finished")
+    path = toml(
+        root, tiny_base, tiny_pictures, method__alpha=6.0, scale__workers=2, scale__zero_stage=2, optim__lr=5e-2
+    )
+    done = raysd("train", str(path), "--name", "first", "--json", storage=root / "store", address=ray_address)
+    return root / "store", path, json_of(done)
+
+
+def test_the_run_says_what_became_of_it(finished):
+    store, _, printed = finished
+    shown = json_of(raysd("runs", "show", "first", "--json", storage=store))
+    for body in (printed, shown):
+        assert (body["status"], body["step"], body["checkpoint"], body["version"]) == ("finished", 6, 6, "cats@1")
+    assert shown["base_loss"] > 0
+    rows = [json.loads(line) for line in (store / "runs/first/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert list((store / "runs/first/tensorboard").glob("*tfevents*"))
+
+
+def test_the_registry_lists_the_version_with_its_files_and_lineage(finished):
+    store, _, _ = finished
+    assert json_of(raysd("models", "list", "--json", storage=store)) == [
+        {"model": "cats", "versions": [1], "aliases": {}}
+    ]
+    body = json_of(raysd("models", "show", "cats@1", "--json", storage=store))
+    assert [(file["path"], len(file["sha256"])) for file in body["files"]] == [("pytorch_lora_weights.safetensors", 64)]
+    record = body["record"]
+    assert record["spec"]["method"]["rank"] == 2
+    assert all(
+        record[name] for name in ("base", "base_digest", "data_digest", "run", "metrics", "code", "method", "family")
+    )
+
+
+def test_publishing_the_same_finished_run_twice_gives_the_same_version(finished, ray_address):
+    store, path, _ = finished
+    again = json_of(raysd("train", str(path), "--name", "first", "--json", storage=store, address=ray_address))
+    resumed = json_of(raysd("runs", "resume", "first", "--json", storage=store, address=ray_address))
+    assert again["version"] == resumed["version"] == "cats@1"
+    assert [model.versions for model in Registry(Storage(str(store))).models()] == [[1]]
+
+
+def test_another_spec_under_the_same_name_is_refused(finished):
+    store, path, _ = finished
+    done = raysd("train", str(path), "--name", "first", "--optim.lr", "0.5", storage=store)
+    assert done.returncode == 2
+    assert "run first exists with other settings (optim.lr)" in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+
+
+def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
+    """The true alpha (6, at rank 2) is in the file: diffusers, given nothing else, draws what raysd draws."""
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+
+    store, _, _ = finished
+    out = tmp_path / "cat.png"
+    words = ["generate", "cats@1", "--prompt", "picture 3", "--seed", "4", "--steps", "5", "--out", str(out)]
+    assert raysd(*words, storage=store).returncode == 0
+    folder = tmp_path / "exported"
+    assert raysd("export", "cats@1", "--format", "diffusers", "--out", str(folder), storage=store).returncode == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pictures = []
+    for adapter in (None, folder):
+        if adapter is not None:
+            pipeline.load_lora_weights(adapter)
+            assert pipeline.unet.peft_config["default_0"].lora_alpha == 6
+        seeded = torch.Generator().manual_seed(4)
+        pictures.append(pipeline("picture 3", num_inference_steps=5, generator=seeded).images[0])
+    drawn = torch.tensor(list(Image.open(out).tobytes())).int()
+    without, adapted = (torch.tensor(list(picture.tobytes())).int() for picture in pictures)
+    assert (drawn - adapted).abs().max() <= 1
+    assert (drawn - without).abs().float().mean() > 1
+
+
+def test_12_saved_names_carry_no_module_prefix(finished):
+    from safetensors import safe_open
+
+    store, _, _ = finished
+    located = locate("cats@1", Storage(str(store)))
+    with safe_open(located.lora, "pt") as file:
+        names = list(file.keys())
+    assert names
+    assert all(name.startswith("unet.") and "module." not in name and "default" not in name for name in names)
+
+
+def test_two_runs_are_compared(finished, ray_address):
+    store, path, _ = finished
+    words = ["train", str(path), "--name", "second", "--optim.lr", "1e-3", "--scale.workers", "1", "--json"]
+    json_of(raysd(*words, "--scale.zero-stage", "0", storage=store, address=ray_address))
+    rows = json_of(raysd("runs", "diff", "first", "second", "--json", storage=store))
+    changed = {row["path"]: (row["first"], row["second"]) for row in rows}
+    assert changed["optim.lr"] == (0.05, 0.001)
+    assert changed["scale.workers"] == (2, 1)
+    assert not any(path.startswith("data.") for path in changed)
+    assert raysd("runs", "delete", "second", storage=store).returncode == 0
+    assert [row["name"] for row in json_of(raysd("runs", "list", "--json", storage=store))] == ["first"]
+    assert json_of(raysd("models", "show", "cats@2", "--json", storage=store))["ref"] == "cats@2"
+
+
+def test_a_full_fine_tune_publishes_a_whole_folder_and_the_next_run_starts_from_it(
+    tiny_base, tiny_pictures, ray_address, tmp_path
+):
+    store = tmp_path / "store"
+    changes = {"method__kind": "full", "method__text_encoder": True, "scale__workers": 2, "scale__zero_stage": 3}
+    path = toml(tmp_path, tiny_base, tiny_pictures, optim__lr=1e-4, optim__ema=0.9, optim__steps=2, **changes)
+    done = raysd(
+        "train", str(path), "--name", "full", "--publish.alias", "best", "--json", storage=store, address=ray_address
+    )
+    assert json_of(done)["version"] == "cats@1"
+    folder = locate("cats:best", Storage(str(store))).folder
+    assert {part.name for part in folder.iterdir()} >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    words = [
+        "train",
+        str(path),
+        "--name",
+        "next",
+        "--base",
+        "cats:best",
+        "--method.kind",
+        "lora",
+        "--scale.zero-stage",
+        "0",
+    ]
+    done = raysd(*words, "--scale.workers", "1", "--json", storage=store, address=ray_address)
+    assert json_of(done)["version"] == "cats@2"
+    record = json_of(raysd("models", "show", "cats@2", "--json", storage=store))["record"]
+    assert record["parent"]["ref"] == "cats@1"
+    out = tmp_path / "x.png"
+    words = ["generate", "cats@2", "--prompt", "x", "--steps", "2", "--count", "2", "--out", str(out)]
+    assert raysd(*words, storage=store).returncode == 0
+    assert {picture.name for picture in tmp_path.glob("x-*.png")} == {"x-1.png", "x-2.png"}

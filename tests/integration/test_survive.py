@@ -1,0 +1,161 @@
+"""Runs that are killed, stopped, or lose their lease: nothing is lost, and the weights end as if nothing had happened."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from raysd.lease import check_fence
+from raysd.storage import Storage
+from raysd.train import checkpoint, runs
+from tests.base import toml
+from tests.cluster import json_of, raysd, start
+
+STEPS = 14
+SPEC = {"scale__workers": 2, "scale__zero_stage": 2, "optim__steps": STEPS, "optim__ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def path(tiny_base, tiny_pictures, tmp_path_factory):
+    return toml(tmp_path_factory.mktemp("spec"), tiny_base, tiny_pictures, **SPEC)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(path, ray_address, tmp_path_factory):
+    """The tensors of the last checkpoint of a run that nothing happened to, and its metrics."""
+    store = tmp_path_factory.mktemp("undisturbed")
+    body = json_of(raysd("train", str(path), "--name", "run", "--json", storage=store, address=ray_address))
+    assert body["status"] == "finished"
+    return tensors(store), losses(store)
+
+
+def store_of(store: Path) -> Storage:
+    return Storage(str(store)).child("runs/run")
+
+
+def tensors(store: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(store_of(store))
+    assert newest is not None
+    assert newest.step == STEPS
+    with checkpoint.tensors(store_of(store), newest) as readers:
+        return {name: read().clone() for name, read in readers.items()}
+
+
+def losses(store: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in runs.metrics(store_of(store)) if "loss" in row]
+
+
+def wait_until(what: Callable[[], bool], process: "psutil.Popen | None" = None, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def reached(store: Path, step: int) -> Callable[[], bool]:
+    """Whether a complete checkpoint of `step` or later is there."""
+    pattern = "runs/run/checkpoints/*/checkpoint.json"
+    return lambda: any(int(path.parent.name.split("-")[0]) >= step for path in store.glob(pattern))
+
+
+def train_workers() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+
+
+def assert_as_undisturbed(store: Path, undisturbed: tuple[dict[str, torch.Tensor], list[tuple[int, float]]]) -> None:
+    expected, metrics = undisturbed
+    got = tensors(store)
+    assert expected.keys() == got.keys()
+    assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
+    assert losses(store) == metrics
+
+
+@pytest.mark.parametrize("step", [2, 8])
+def test_10_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray_address, undisturbed, tmp_path, step):
+    process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
+    wait_until(reached(tmp_path, step), process)
+    process.kill()
+    process.wait()
+    shown = json_of(raysd("runs", "show", "run", "--json", storage=tmp_path))
+    assert (shown["status"], shown["version"]) == ("interrupted", None)
+    assert step <= shown["checkpoint"] < STEPS
+    assert (
+        json_of(raysd("runs", "resume", "run", "--json", storage=tmp_path, address=ray_address))["version"] == "cats@1"
+    )
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
+    path, ray_address, undisturbed, tmp_path, step
+):
+    process = start("train", str(path), "--name", "run", "--json", storage=tmp_path, address=ray_address)
+    wait_until(reached(tmp_path, step), process)
+    train_workers()[-1].kill()
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert json.loads(out)["version"] == "cats@1"
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "runs stop"])
+def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, undisturbed, tmp_path, how):
+    process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
+    wait_until(reached(tmp_path, 2), process)
+    if how == "runs stop":
+        assert raysd("runs", "stop", "run", storage=tmp_path).returncode == 0
+    else:
+        process.send_signal(getattr(signal, how))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "go on: raysd runs resume run" in err
+    shown = json_of(raysd("runs", "show", "run", "--json", storage=tmp_path))
+    assert shown["status"] == "interrupted"
+    assert shown["step"] == shown["checkpoint"] < STEPS
+    assert (
+        json_of(raysd("runs", "resume", "run", "--json", storage=tmp_path, address=ray_address))["status"] == "finished"
+    )
+    assert_as_undisturbed(tmp_path, undisturbed)
+
+
+def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_address, tmp_path):
+    process = start("train", str(path), "--name", "run", "--optim.steps", "4000", storage=tmp_path, address=ray_address)
+    wait_until(reached(tmp_path, 2), process)
+    second = raysd("train", str(path), "--name", "run", "--optim.steps", "4000", storage=tmp_path, address=ray_address)
+    assert second.returncode == 2
+    assert f"pid {process.pid}" in second.stderr
+    assert len(second.stderr.strip().splitlines()) <= 3
+    # Somebody else takes the run over, as after a network cut: a higher token under the same name.
+    lease = tmp_path / "runs/run" / runs.LEASE
+    body = json.loads(lease.read_text())
+    lease.write_text(json.dumps({**body, "token": body["token"] + 1}))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    with pytest.raises(Exception, match="run"):
+        check_fence(store_of(tmp_path), runs.LEASE, body["token"])
+    last = checkpoint.latest(store_of(tmp_path))
+    assert last is not None
+    assert last.step < 4000
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_loss_that_is_no_number_fails_the_run_with_advice(path, ray_address, tmp_path):
+    words = ["train", str(path), "--name", "run", "--optim.lr", "1e30", "--optim.clip", "null", "--scale.restarts", "3"]
+    done = raysd(*words, storage=tmp_path, address=ray_address)
+    assert done.returncode == 1
+    assert "lower optim.lr" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert json_of(raysd("runs", "show", "run", "--json", storage=tmp_path))["status"] == "failed"
+
+
+def test_no_process_of_these_runs_is_left(ray_address):
+    wait_until(lambda: not train_workers(), seconds=30)
+    assert os.getpid()

@@ -1,0 +1,135 @@
+"""The family `sd` against diffusers' own components, used by hand."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from raysd.config import TrainingSpec, load, override
+from raysd.diffusion import sample_posterior
+from raysd.draw import Request, draw
+from raysd.errors import NotFound, RequestError
+from raysd.methods import METHODS, Batch
+from raysd.models import FAMILIES, family_of
+from raysd.references import identity, locate
+from raysd.storage import Storage
+
+SPEC = load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
+
+
+@pytest.fixture
+def located(tiny_base, tmp_path):
+    return locate(str(tiny_base), Storage(str(tmp_path)))
+
+
+def _by_hand(folder, pixels, caption, noise, timesteps, posterior):
+    """The training loss of diffusers' train_text_to_image.py, from its own parts."""
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    with torch.no_grad():
+        distribution = vae.encode(pixels).latent_dist
+        latents = (distribution.mean + distribution.std * posterior) * vae.config.scaling_factor
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        length = tokenizer.model_max_length
+        ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        predicted = unet(noisy, timesteps, text_encoder(ids)[0]).sample
+        wanted = noise
+        if scheduler.config.prediction_type == "v_prediction":
+            wanted = scheduler.get_velocity(latents, noise, timesteps)
+        return torch.nn.functional.mse_loss(predicted, wanted)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_loss_equals_that_of_diffusers_components(located, prediction, method, tmp_path):
+    import json
+    import shutil
+
+    folder = tmp_path / "base"
+    shutil.copytree(located.folder, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": prediction}))
+    torch.manual_seed(0)
+    pixels, captions = torch.rand(3, 3, 64, 64) * 2 - 1, ["a red circle", "a zorb", ""]
+    noise, posterior, timesteps = torch.randn(3, 4, 16, 16), torch.randn(3, 4, 16, 16), torch.tensor([3, 500, 990])
+
+    family = located.family
+    with torch.no_grad():
+        moments = family.moments(family.autoencoder(folder), pixels)
+        text = family.conditioning(family.text_encoder(folder), family.tokens(family.tokenizer(folder), captions))
+        latents = sample_posterior(moments, posterior, *family.latent_scale(folder))
+        module = METHODS[method].build(family, folder, override(SPEC, {"method.kind": method}))
+        errors = METHODS[method].loss(module, Batch(latents, noise, timesteps, text), family.noise_schedule(folder), SPEC)
+    by_hand = _by_hand(folder, pixels, captions, noise, timesteps, posterior)
+    assert errors.mean().item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_every_method_runs_with_every_family(located):
+    for method in METHODS.values():
+        for family in FAMILIES.values():
+            spec = override(SPEC, {"method.kind": method.kind})
+            module = method.build(family, located.folder, spec)
+            trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+            batch = Batch(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([1, 9]), torch.randn(2, 24, 64))
+            method.loss(module, batch, family.noise_schedule(located.folder), spec).sum().backward()
+            gradients = dict(module.named_parameters())
+            assert trained
+            assert all(gradients[name].grad is not None for name in trained)
+
+
+def test_the_text_encoder_is_trained_on_request(located):
+    spec = override(SPEC, {"method.kind": "full", "method.text_encoder": True})
+    module = METHODS["full"].build(located.family, located.folder, spec)
+    tokens = located.family.tokens(located.family.tokenizer(located.folder), ["a red circle", "a star"])
+    batch = Batch(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([1, 9]), tokens)
+    METHODS["full"].loss(module, batch, located.family.noise_schedule(located.folder), spec).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.text_encoder.parameters())
+
+
+def test_drawing_equals_the_diffusers_pipeline(located):
+    request = Request("a red circle", negative="a star", seed=5, steps=4, guidance=3.0, count=2)
+    drawn = draw(located, [request])
+    pipeline = StableDiffusionPipeline.from_pretrained(located.folder, safety_checker=None)
+    for number, image in enumerate(drawn):
+        seeded = torch.Generator().manual_seed(5 + number)
+        alone = pipeline(
+            "a red circle", negative_prompt="a star", generator=seeded, num_inference_steps=4, guidance_scale=3.0
+        ).images[0]
+        difference = torch.tensor(list(image.tobytes())).int() - torch.tensor(list(alone.tobytes())).int()
+        assert difference.abs().max() <= 1
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    storage = Storage(str(tmp_path / "store"))
+    with pytest.raises(NotFound, match=r"\./nowhere: no such folder"):
+        locate("./nowhere", storage)
+    with pytest.raises(NotFound, match="cats@3"):
+        locate("cats@3", storage)
+    with pytest.raises(NotFound, match=r"model\.safetensors: no such file"):
+        locate(str(tmp_path / "model.safetensors"), storage)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RequestError, match=r"not a diffusers model \(no readable model_index\.json\)"):
+        locate(str(tmp_path / "folder"), storage)
+
+
+def test_a_model_of_another_kind_is_refused_by_name(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AudioLDMPipeline"}')
+    with pytest.raises(RequestError, match="AudioLDMPipeline is not supported; supported families: sd"):
+        family_of(tmp_path)
+
+
+def test_identity_is_that_of_content_not_of_place(located, tmp_path):
+    import shutil
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(located.folder, copy)
+    assert identity(copy) == identity(located.folder)
+    before = identity(copy, "text_encoder")
+    config = copy / "vae" / "config.json"
+    config.write_text(config.read_text().replace("0.18215", "0.5"))
+    assert identity(copy) != identity(located.folder)
+    assert identity(copy, "vae") != identity(located.folder, "vae")
+    assert identity(copy, "text_encoder") == before
