@@ -126,7 +126,13 @@ def _grouped(readable: Sequence[tuple[Entry, Facts]], spec: DataSpec) -> tuple[l
 
 def _preference(picture: Picture) -> tuple[bool, bool, int, str, str]:
     facts = picture.facts
-    return picture.entry.caption is None, facts.blur >= BLURRY, -facts.width * facts.height, facts.id, picture.entry.name
+    return (
+        picture.entry.caption is None,
+        facts.blur >= BLURRY,
+        -facts.width * facts.height,
+        facts.id,
+        picture.entry.name,
+    )
 
 
 def _scores(firsts: Sequence[Picture]) -> dict[str, float]:

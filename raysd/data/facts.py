@@ -62,16 +62,18 @@ def blur(picture: Image.Image) -> float:
     The measure of Crete et al. 2007 (The blur effect, equations 1 to 8). Unlike the variance of the Laplacian it
     depends neither on contrast nor on how many edges there are: a flat drawing with crisp edges is sharp.
     """
-    grey = np.asarray(picture.convert("L"), dtype=np.float32)
-    if min(grey.shape) <= TAPS or float(grey.var()) < 1.0:
+    pixels = np.asarray(picture, dtype=np.float32)
+    # The colour that varies most, not brightness: blue on purple of the same brightness has edges too.
+    plane = pixels[..., int(np.argmax(pixels.var(axis=(0, 1))))]
+    if min(plane.shape) <= TAPS or float(plane.var()) < 1.0:
         return 1.0
-    return max(_blur_along(grey), _blur_along(grey.T))
+    return max(_blur_along(plane), _blur_along(plane.T))
 
 
-def _blur_along(grey: Floats) -> float:
-    sums = np.cumsum(np.pad(grey, ((TAPS // 2 + 1, TAPS // 2), (0, 0)), mode="edge"), axis=0, dtype=np.float64)
+def _blur_along(plane: Floats) -> float:
+    sums = np.cumsum(np.pad(plane, ((TAPS // 2 + 1, TAPS // 2), (0, 0)), mode="edge"), axis=0, dtype=np.float64)
     smooth = (sums[TAPS:] - sums[:-TAPS]) / TAPS
-    change, changed = np.abs(np.diff(grey, axis=0)), np.abs(np.diff(smooth, axis=0))
+    change, changed = np.abs(np.diff(plane, axis=0)), np.abs(np.diff(smooth, axis=0))
     seen = change > STEP
     lost = np.maximum(0, change - changed)[seen].sum()
     return float(1 - lost / change[seen].sum()) if seen.any() else 1.0

@@ -212,6 +212,8 @@ def test_a_flat_drawing_with_crisp_edges_is_not_blurry(tmp_path):
     folder(tmp_path, 10)
     disc = np.hypot(*np.mgrid[-1:1:300j, -1:1:300j]) < 0.6
     put(tmp_path, "disc.png", Image.fromarray(np.where(disc, 200, 90).astype(np.uint8)))
+    blue, purple = (45, 95, 220), (120, 57, 218)  # of the same brightness
+    put(tmp_path, "blue.png", Image.fromarray(np.where(disc[..., None], blue, purple).astype(np.uint8)))
     assert run(tmp_path).blurry == ()
 
 

@@ -52,18 +52,18 @@ def text_encoder(tokenizer: Any) -> Any:
 
 
 def denoiser() -> Any:
-    """16 x 16 latents, two levels with cross-attention, 2.4 M parameters."""
+    """16 x 16 latents; cross-attention at 8 x 8, where it costs a third of what it would above. 2.2 M parameters."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=16,
         layers_per_block=1,
         block_out_channels=(48, 96),
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
-        norm_num_groups=16,
+        norm_num_groups=8,
     )
 
 

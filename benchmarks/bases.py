@@ -1,0 +1,54 @@
+"""Models to train: untrained weights, real shapes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+REDUCED: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (64, 128, 256, 256),
+    "cross_attention_dim": 192,
+    "attention_head_dim": 8,
+}
+"""Stable Diffusion 1.5's blocks at a fifth of their width."""
+SMALL: dict[str, Any] = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64, 64, 64),
+    "cross_attention_dim": 64,
+    "attention_head_dim": 4,
+}
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+"""Stable Diffusion 1.5's U-Net, 860 M parameters; diffusers' defaults for the rest are its own."""
+
+SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def tiny(folder: Path) -> Path:
+    """The bundled base's shape, all components."""
+    from raysd.assets.make.skeleton import build
+
+    build(folder)
+    return folder
+
+
+def denoiser_only(folder: Path, shape: dict[str, Any]) -> Path:
+    """A folder with a U-Net of this shape and what the loop reads besides: the latents' scale and the noise schedule."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    UNet2DConditionModel(**shape).save_pretrained(folder / "unet")
+    _write(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
+    _write(folder / "vae" / "config.json", {"scaling_factor": 0.18215})
+    _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    return folder
+
+
+def _write(path: Path, body: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(body))
