@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import spawned
+
 REDUCED: dict[str, Any] = {
     "sample_size": 32,
     "block_out_channels": (64, 128, 256, 256),
@@ -30,14 +32,23 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "
 
 def tiny(folder: Path) -> Path:
     """The bundled base's shape, all components."""
+    spawned.alone(_tiny, folder)  # writing it imports DeepSpeed, which a single worker never does
+    return folder
+
+
+def _tiny(folder: Path) -> None:
     from raysd.assets.make.skeleton import build
 
     build(folder)
-    return folder
 
 
 def denoiser_only(folder: Path, shape: dict[str, Any]) -> Path:
     """A folder with a U-Net of this shape and what the loop reads besides: the latents' scale and the noise schedule."""
+    spawned.alone(_denoiser_only, folder, shape)
+    return folder
+
+
+def _denoiser_only(folder: Path, shape: dict[str, Any]) -> None:
     import torch
     from diffusers import UNet2DConditionModel
 
@@ -46,7 +57,6 @@ def denoiser_only(folder: Path, shape: dict[str, Any]) -> Path:
     _write(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
     _write(folder / "vae" / "config.json", {"scaling_factor": 0.18215})
     _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    return folder
 
 
 def _write(path: Path, body: dict[str, Any]) -> None:

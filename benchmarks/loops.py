@@ -110,7 +110,7 @@ def _module(task: Task, device: torch.device, world: int) -> TrainedModule:
     if scale.channels_last:
         module.layout = torch.channels_last
         if world == 1 and scale.zero_stage == 0:
-            module = module.to(memory_format=torch.channels_last)
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return module
 
 

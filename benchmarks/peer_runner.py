@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import accelerate
+import accelerate  # type: ignore[import-untyped]
 import torch
 
 OPERATORS = (
@@ -32,7 +32,7 @@ def main() -> None:
         steps.append(time.time())
         plain(self, values, step=step, **rest)
 
-    accelerate.Accelerator.log = log  # type: ignore[method-assign]
+    accelerate.Accelerator.log = log
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
     Path(out).write_text(json.dumps(steps))

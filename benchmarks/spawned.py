@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 Work = Callable[..., Any]
 """A function of a module, called with the rank and the arguments; what it returns goes through JSON."""
@@ -28,7 +28,7 @@ def ranks(world: int, work: Work, *arguments: Any) -> list[Any]:
 
 def _spawn(enter: Callable[..., None], world: int, work: Work, arguments: tuple[Any, ...]) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-        mp.spawn(enter, (world, _free_port(), work, arguments, folder), nprocs=world)
+        spawn(enter, (world, _free_port(), work, arguments, folder), nprocs=world)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 

@@ -35,9 +35,6 @@ class Batch:
 class TrainedModule(nn.Module):
     """Everything that one engine trains, in one module: the denoiser and, where it is trained, the text encoder."""
 
-    layout: torch.memory_format = torch.contiguous_format
-    """Memory format of what goes into the denoiser; convolutions follow it."""
-
     def __init__(self, family: Family, denoiser: nn.Module, text_encoder: nn.Module | None = None):
         super().__init__()
         self.family, self.denoiser, self.text_encoder = family, denoiser, text_encoder
@@ -46,7 +43,7 @@ class TrainedModule(nn.Module):
         """The denoiser's prediction. [B, C, h, w]"""
         if self.text_encoder is not None:
             text = self.family.conditioning(self.text_encoder, text)
-        return self.family.predict(self.denoiser, noisy.contiguous(memory_format=self.layout), timesteps, text)
+        return self.family.predict(self.denoiser, noisy, timesteps, text)
 
 
 class Method(Protocol):

@@ -121,11 +121,7 @@ class Worker:
             load_weights(module, self.store, resumed)
         module = module.to(self.device)
         if self.spec.scale.channels_last:
-            module.layout = torch.channels_last
-            if (
-                self.world == 1 and self.spec.scale.zero_stage == 0
-            ):  # DeepSpeed flattens weights: it needs them contiguous
-                module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.spec.scale.compile:
             module.denoiser.compile()
         engine = build_engine(module, self.spec, device=self.device, rank=self.rank, world=self.world)

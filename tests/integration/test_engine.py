@@ -158,9 +158,9 @@ def uninterrupted_and_resumed(which: TrainingSpec, lr: float = LR) -> dict[str, 
     return {"seen": seen, "again": again, "saved": saved, "end": snapshot(engine), "end again": snapshot(other)}
 
 
-def average(stage: int) -> dict[str, Any]:
+def average(which: TrainingSpec) -> dict[str, Any]:
     """Train with a moving average, show it in the middle, go on."""
-    engine = build(spec(stage))
+    engine = build(which)
     ema = Ema(engine, 0.5)
     by_hand = {name: engine.full_weight(name).clone() for name in engine.trainable_names()}
     seen = []
@@ -238,11 +238,12 @@ def scenarios(world: int, folder: Path) -> dict[Any, Any]:
     for source, target in ((2, 3), (3, 2), (0, 2), (1, 0)):
         seen["to", source, target] = train(resumed(spec(target), seen[source, "fp32"]["saved"]), CUT, STEPS)
     for stage in (0, 2, 3):
-        seen["ema", stage] = average(stage)
+        seen["ema", stage] = average(spec(stage))
         seen["half", stage] = half(stage)
     for stage in (1, 2, 3):
         seen["offload", stage] = uninterrupted_and_resumed(spec(stage, offload="optimizer"))
         seen["broken offload", stage] = broken_step(spec(stage, offload="optimizer"))
+    seen["ema", "offload"] = average(spec(3, offload="optimizer"))
     if world == 2:
         for kind in ("adafactor", "prodigy"):
             seen[kind] = uninterrupted_and_resumed(spec(kind=kind, lr=1.0), 1.0 if kind == "prodigy" else LR)
@@ -402,16 +403,17 @@ def test_fp16_scales_the_loss_and_unscales_the_gradients(results, expected, worl
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3, "offload"])
 def test_moving_average(results, world, stage):
     run = results[world]["ema", stage]
+    alone = results[world]["offload", 3] if stage == "offload" else results[world][stage, "fp32"]
     for name, value in run["by hand"].items():
         torch.testing.assert_close(run["full"][name], value, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(run["shown"], run["expected"], rtol=1e-5, atol=1e-6)
     assert run["restored"]
     assert run["loaded"]
     assert (run["held"] < 1) == (world > 1)
-    assert run["seen"] == results[world][stage, "fp32"]["seen"]  # to the bit, as if nothing had been shown
+    assert run["seen"] == alone["seen"]  # to the bit, as if nothing had been shown
 
 
 def test_averages_are_spread_evenly():

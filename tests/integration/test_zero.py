@@ -148,7 +148,7 @@ def factor_by_hand(step: int, total: int, warmup: int) -> float:
     import math
 
     if step < warmup:
-        return (step + 1) / warmup
+        return (step + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
