@@ -29,7 +29,7 @@ def run(options: Options) -> Result:
     base = bases.denoiser_only(options.work / "base", shape)
     caches.fill(options.work, 8, side=side, tokens=77, width=width)
     kinds: dict[str, list[float]] = {"lora": [], "full": []}
-    stages: dict[int, list[list[float]]] = {stage: [] for stage in range(4)}
+    stages: dict[int, list[list[float]]] = {stage: [] for stage in ((0, 3) if options.quick else range(4))}
     for _ in range(repeats):
         for kind, found in kinds.items():
             found.append(spawned.alone(_peak, Task(base, options.work, 8, spec_of(kind, 1, 8 * side))))

@@ -28,8 +28,8 @@ def run(options: Options) -> Result:
     base = bases.tiny(options.work / "base")
     caches.fill(options.work, pictures, side=16, tokens=24, width=64)
     found = {}
-    for kind in ("lora", "full"):
-        for stage in (1, 2):
+    for kind in ("lora",) if options.quick else ("lora", "full"):
+        for stage in (2,) if options.quick else (1, 2):
             task = Task(base, options.work, pictures, spec_of(kind, BATCH, 64)).changed(
                 scale__workers=WORLD, scale__zero_stage=stage
             )

@@ -311,7 +311,7 @@ def _dry_run(spec: TrainingSpec, name: str, as_json: bool) -> None:
     from raysd.train.launch import preview
 
     with Watcher(quiet=as_json) as watch:
-        body = {"run": name, **preview(spec, _storage(), watch)}
+        body = {"run": name, **preview(spec, name, _storage(), watch)}
     _print(body, as_json, lambda: _pairs(_flat(body)))
 
 

@@ -19,7 +19,7 @@ from tests.versions import files_of
 
 # moto looks at a condition and writes in two steps; S3 does it in one, so requests take turns here.
 SERVER = """
-import sys, threading
+import os, sys, threading
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import run_simple
 
@@ -29,6 +29,8 @@ def in_turn(environ, start_response):
     with turn:
         return app(environ, start_response)
 
+# The pipe closes when the tests end, however they do.
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 run_simple("127.0.0.1", int(sys.argv[1]), in_turn, threaded=True, request_handler=MotoRequestHandler)
 """
 
@@ -42,8 +44,12 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     port = free_port()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(port)], **quiet)
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         _wait(server, f"http://127.0.0.1:{port}/moto-api/data.json")
         yield f"http://127.0.0.1:{port}"

@@ -16,5 +16,7 @@ def asset(name: str) -> Path:
         raise ValueError(f"no bundled asset {name!r}: there are {', '.join(NAMES)}")
     folder = Path(__file__).parent / name
     if not folder.is_dir():
-        raise FileNotFoundError(f"bundled asset {name!r} is missing ({folder}): reinstall raysd, or see raysd.assets.make")
+        raise FileNotFoundError(
+            f"bundled asset {name!r} is missing ({folder}): reinstall raysd, or see raysd.assets.make"
+        )
     return folder

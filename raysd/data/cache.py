@@ -49,7 +49,9 @@ class TensorCache:
             for entry, body in zip(fresh, pool.map(lambda e: self.storage.read(e.path), fresh), strict=True):
                 self._read_indexes.add(entry.path)
                 self._modified[entry.path] = entry.modified
-                self._places.update({key: Place(row[0], row[1], row[2], tuple(row[3])) for key, row in json.loads(body).items()})
+                self._places.update(
+                    {key: Place(row[0], row[1], row[2], tuple(row[3])) for key, row in json.loads(body).items()}
+                )
         return self
 
     def missing(self, keys: Iterable[str]) -> list[str]:

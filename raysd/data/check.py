@@ -61,22 +61,19 @@ def examine(source: Source, spec: DataSpec, progress: Progress | None = None) ->
     """What `check` does, with the pictures. Memory: about 3 KB a picture, and one decoded picture a thread."""
     readable, unreadable = _measure(source.entries, progress)
     pictures, groups = _grouped(readable, spec)
-    dropped = _names([p for group in groups for p in group[1:]]) if spec.duplicates == "drop" else set()
-    scores = _scores([group[0] for group in groups])
-    left = [picture for picture in pictures if picture.entry.name not in dropped]
-    blurry = [picture for picture in left if picture.facts.blur >= BLURRY]
-    odd = [picture for picture in left if scores[picture.group] >= OUTLIER]
-    dropped |= _names(blurry) if spec.blurry == "drop" else set()
-    dropped |= _names(odd) if spec.outliers == "drop" else set()
-    used = [picture for picture in left if picture.entry.name not in dropped]
+    dropped = {p.entry.name for group in groups for p in group[1:]} if spec.duplicates == "drop" else set()
+    blurry, odd = _suspects([p for p in pictures if p.entry.name not in dropped], groups)
+    dropped |= {finding.name for finding in blurry} if spec.blurry == "drop" else set()
+    dropped |= {finding.name for finding in odd} if spec.outliers == "drop" else set()
+    used = [picture for picture in pictures if picture.entry.name not in dropped]
     report = Report(
         origin=source.origin,
         found=len(source.entries),
         used=len(used),
         unreadable=unreadable,
         duplicates=tuple(_duplicates(group) for group in groups if len(group) > 1),
-        blurry=tuple(Finding(name=p.entry.name, what=f"{p.facts.blur:.2f}") for p in blurry),
-        outliers=tuple(Finding(name=p.entry.name, what=f"{scores[p.group]:.1f}") for p in odd),
+        blurry=blurry,
+        outliers=odd,
         dropped=tuple(sorted(dropped)),
         **_about_used(used, spec),
     )
@@ -135,14 +132,16 @@ def _preference(picture: Picture) -> tuple[bool, bool, int, str, str]:
     )
 
 
-def _scores(firsts: Sequence[Picture]) -> dict[str, float]:
-    """How odd each group is. One picture of each: else a noisy picture and its copy would be at home together."""
+def _suspects(
+    pictures: Sequence[Picture], groups: Sequence[Sequence[Picture]]
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """(blurry, odd) pictures. Odd is judged by one of each group: else noise and its copy would be at home together."""
+    firsts = [group[0] for group in groups]
     features = np.stack([p.facts.features for p in firsts]) if firsts else np.zeros((0, 1), np.float32)
-    return dict(zip((p.group for p in firsts), outlier_scores(features).tolist(), strict=True))
-
-
-def _names(pictures: Sequence[Picture]) -> set[str]:
-    return {picture.entry.name for picture in pictures}
+    scores = dict(zip((p.group for p in firsts), outlier_scores(features).tolist(), strict=True))
+    blurry = [Finding(name=p.entry.name, what=f"{p.facts.blur:.2f}") for p in pictures if p.facts.blur >= BLURRY]
+    odd = [p for p in pictures if scores[p.group] >= OUTLIER]
+    return tuple(blurry), tuple(Finding(name=p.entry.name, what=f"{scores[p.group]:.1f}") for p in odd)
 
 
 def _duplicates(group: Sequence[Picture]) -> Duplicates:

@@ -62,8 +62,9 @@ def train(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> Outcome
         return launch.run_all(existing or RunRecord(name, spec.model_dump(mode="json")), plan)
 
 
-def preview(spec: TrainingSpec, root: Storage, watch: Watch) -> dict[str, Any]:
+def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[str, Any]:
     """What a run would do, everything checked and nothing trained."""
+    runs.storage_of(root, name)
     located = locate(spec.base, root)
     plan = _new_plan(spec, root, located, watch)
     return {

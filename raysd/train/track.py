@@ -64,7 +64,7 @@ class Wandb:
         self.run.log(dict(values), step=step)
 
     def close(self) -> None:
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 class Prometheus:

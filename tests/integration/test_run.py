@@ -146,3 +146,33 @@ def test_a_full_fine_tune_publishes_a_whole_folder_and_the_next_run_starts_from_
     words = ["generate", "cats@2", "--prompt", "x", "--steps", "2", "--count", "2", "--out", str(out)]
     assert raysd(*words, storage=store).returncode == 0
     assert {picture.name for picture in tmp_path.glob("x-*.png")} == {"x-1.png", "x-2.png"}
+
+
+def test_early_stopping_publishes_the_best_checkpoint_not_the_last(tiny_base, tiny_pictures, ray_address, tmp_path):
+    """A learning rate that ruins the model from the first step on; workers as an elastic range."""
+    store = tmp_path / "store"
+    changes = {"validation__every": 2, "validation__patience": 2, "scale__workers": [1, 2], "data__validation": 0.3}
+    path = toml(tmp_path, tiny_base, tiny_pictures, optim__lr=0.3, optim__steps=40, optim__warmup=12, **changes)
+    body = json_of(raysd("train", str(path), "--name", "early", "--json", storage=store, address=ray_address))
+    assert body["status"] == "finished"
+    assert body["best_step"] < body["step"] < 40
+    assert body["step"] == body["best_step"] + 4, "two validations without improvement after the best"
+    rows = [json.loads(line) for line in (store / "runs/early/metrics.jsonl").read_text().splitlines()]
+    validated = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row and row["step"] > 0}
+    assert body["loss"] == min(validated.values()) == validated[body["best_step"]]
+    record = json_of(raysd("models", "show", body["version"], "--json", storage=store))["record"]
+    assert record["run"]["step"] == body["best_step"]
+    assert record["metrics"]["validation_loss"] == body["loss"]
+
+
+def test_pictures_and_a_profile_are_kept_with_the_run(tiny_base, tiny_pictures, ray_address, tmp_path):
+    from PIL import Image
+
+    store = tmp_path / "store"
+    changes = {"validation__prompts": ["picture 1", "picture 2"], "track__profile": True, "optim__steps": 7}
+    path = toml(tmp_path, tiny_base, tiny_pictures, scale__gradient_checkpointing=True, **changes)
+    json_of(raysd("train", str(path), "--name", "run", "--json", storage=store, address=ray_address))
+    names = {picture.name for picture in (store / "runs/run/samples").iterdir()}
+    assert names == {f"{step:08d}-{number:02d}.png" for step in (0, 7) for number in (0, 1)}
+    assert all(Image.open(path).size == (64, 64) for path in (store / "runs/run/samples").iterdir())
+    assert "traceEvents" in (store / "runs/run/profile.json").read_text()

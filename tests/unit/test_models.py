@@ -34,7 +34,9 @@ def _by_hand(folder, pixels, caption, noise, timesteps, posterior):
         latents = (distribution.mean + distribution.std * posterior) * vae.config.scaling_factor
         noisy = scheduler.add_noise(latents, noise, timesteps)
         length = tokenizer.model_max_length
-        ids = tokenizer(caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            caption, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
         predicted = unet(noisy, timesteps, text_encoder(ids)[0]).sample
         wanted = noise
         if scheduler.config.prediction_type == "v_prediction":
@@ -62,7 +64,9 @@ def test_the_loss_equals_that_of_diffusers_components(located, prediction, metho
         text = family.conditioning(family.text_encoder(folder), family.tokens(family.tokenizer(folder), captions))
         latents = sample_posterior(moments, posterior, *family.latent_scale(folder))
         module = METHODS[method].build(family, folder, override(SPEC, {"method.kind": method}))
-        errors = METHODS[method].loss(module, Batch(latents, noise, timesteps, text), family.noise_schedule(folder), SPEC)
+        errors = METHODS[method].loss(
+            module, Batch(latents, noise, timesteps, text), family.noise_schedule(folder), SPEC
+        )
     by_hand = _by_hand(folder, pixels, captions, noise, timesteps, posterior)
     assert errors.mean().item() == pytest.approx(by_hand.item(), rel=1e-5)
 
@@ -73,7 +77,9 @@ def test_every_method_runs_with_every_family(located):
             spec = override(SPEC, {"method.kind": method.kind})
             module = method.build(family, located.folder, spec)
             trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-            batch = Batch(torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([1, 9]), torch.randn(2, 24, 64))
+            batch = Batch(
+                torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([1, 9]), torch.randn(2, 24, 64)
+            )
             method.loss(module, batch, family.noise_schedule(located.folder), spec).sum().backward()
             gradients = dict(module.named_parameters())
             assert trained

@@ -20,33 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, cross_entropy, pad
 
+from raysd.assets.judge import SIDE, Judge, TinyClip, save, tokens
 from raysd.assets.make.renderer import Scene, caption, render, scenes
-from raysd.assets.make.score import PAIRS, PROMPTS, Judge, image_embeddings, shares, text_embeddings
-from raysd.assets.make.tokenizer import LENGTH, build_tokenizer
+from raysd.assets.make.score import PAIRS, PROMPTS, classify, shares
+from raysd.assets.make.skeleton import text_encoder
+from raysd.assets.make.tokenizer import build_tokenizer
 
-SIDE = 64  # pixels
 SEED = 97  # not that of the base's training set
 MEAN = STD = 0.5
 SHIFT = 3  # pixels, at most
 CHECK_EVERY = 100  # steps
 
 
-def build(tokenizer: Any) -> Any:
-    """A CLIP of 0.5 M parameters: 64 patches of 8 x 8 pixels, 24 tokens, embeddings of 64."""
-    from transformers import CLIPConfig, CLIPModel
-
-    shared = {"projection_dim": 64, "num_attention_heads": 4, "hidden_act": "gelu"}
-    vision = {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "image_size": SIDE, "patch_size": 8}
-    text = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": len(tokenizer)}
-    text |= {"max_position_embeddings": LENGTH, "bos_token_id": tokenizer.bos_token_id}
-    text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = CLIPModel(CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=64))
-    # The default 0.02 takes much longer to tell words and places apart.
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.3)
-    nn.init.normal_(model.vision_model.embeddings.patch_embedding.weight, std=0.07)
-    return model
+def build(tokenizer: Any) -> TinyClip:
+    return TinyClip(text_encoder(tokenizer))
 
 
 def training_set(folder: Path, count: int) -> tuple[NDArray[np.uint8], list[Scene]]:
@@ -83,15 +70,17 @@ def augmented(pictures: NDArray[np.uint8], rng: Random) -> Tensor:
     return ((pixels + tint + grain).clamp(0, 1) - MEAN) / STD
 
 
-def loss_of(model: Any, tokenizer: Any, pixels: Tensor, captions: list[str], classes: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of(
+    model: TinyClip, tokenizer: Any, pixels: Tensor, captions: list[str], classes: Tensor
+) -> tuple[Tensor, Tensor]:
     """The loss, and the share of pictures that the prompts sort right.
 
     Half of what is learnt is what the judge is asked later, which prompt fits; the other half, which caption fits,
     teaches it backgrounds, sizes and places too.
     """
     scale = model.logit_scale.exp().clamp(max=100)
-    images = image_embeddings(model, pixels)
-    embedded = text_embeddings(model, tokenizer, PROMPTS + captions)
+    images = model.pictures(pixels)
+    embedded = model.texts(tokens(tokenizer, PROMPTS + captions))
     choices = scale * images @ embedded[: len(PROMPTS)].T
     pairs = scale * images @ embedded[len(PROMPTS) :].T
     # Pictures with one caption between them are all right answers.
@@ -182,47 +171,26 @@ def train(folder: Path, steps: int, batch: int, count: int, rate: float) -> Any:
     return model.eval()
 
 
-def publish(model: Any, folder: Path) -> None:
-    """Write the folder that `CLIPModel.from_pretrained` and `Judge` load, its weights in half precision."""
-    model.half().save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": SIDE},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": SIDE, "width": SIDE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [MEAN] * 3,
-        "image_std": [STD] * 3,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
 def measure(folder: Path, count: int = 500) -> dict[str, float]:
     """Shares right on renderings of combinations that no training ever saw."""
     wanted = scenes(SEED + 1, count, held_out=True)
     pictures = [render(scene, SIDE, Random(f"judge test {place}")) for place, scene in enumerate(wanted)]
-    return shares(Judge(folder).classify(pictures), wanted)
+    return shares(classify(Judge(folder), pictures), wanted)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="for the checkpoint and the pictures")
     parser.add_argument("--publish", type=Path, help="the model's folder (default: --out's 'model')")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--count", type=int, default=8000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     folder = args.publish or args.out / "model"
-    publish(train(args.out, args.steps, args.batch, args.count, args.rate), folder)
+    save(train(args.out, args.steps, args.batch, args.count, args.rate), build_tokenizer(), folder)
     right = measure(folder)
     print(f"held out: {right['both']:.1%} right (colour {right['colour']:.1%}, shape {right['shape']:.1%})")
 

@@ -1,0 +1,100 @@
+"""The command line as a person meets it: messages, exit status, help, JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from raysd import cli
+from raysd.errors import RequestError
+from tests.base import toml
+from tests.cluster import raysd
+from tests.pictures import photo
+
+
+def refused(done):
+    """Exit status 2, three lines at most, no traceback, nothing on standard output."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert 1 <= len(lines) <= 3
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "nothing-like-it"], "recipe nothing-like-it: not one of full-demo, lora-demo"),
+        (["train", "absent.toml"], "absent.toml: no such file"),
+        (["train", "lora-demo", "--optim.lrr", "1"], "optim.lrr: unknown; did you mean optim.lr?"),
+        (["train", "lora-demo", "--optim.lr"], "--optim.lr: a value is missing"),
+        (["train", "lora-demo", "stray"], "stray: expected --dotted.path VALUE"),
+        (["train", "lora-demo", "--data.source", "./nowhere", "--dry-run"], "nowhere"),
+        (["train", "lora-demo", "--name", "No Good", "--dry-run"], "run name 'No Good'"),
+        (["train", "lora-demo", "--base", "./nowhere", "--dry-run"], "./nowhere: no such folder"),
+        (["data", "check", "./nowhere"], "nowhere"),
+        (["runs", "show", "nothing"], "run nothing: not in"),
+        (["models", "show", "cats@9"], "cats@9"),
+        (["generate", "tiny-sd", "--prompt", "x", "--out", "x.gif"], "--out x.gif: name a .png file"),
+        (["export", "tiny-sd", "--format", "onnx", "--out", "x"], "--format onnx: diffusers is what can be written"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_a_wrong_request_is_named(words, message, tmp_path):
+    assert message in refused(raysd(*words, storage=tmp_path / "store"))
+    assert not (tmp_path / "store").exists(), "nothing was written"
+
+
+def test_training_on_a_folder_without_captions_says_how_many_and_what_to_do(tiny_base, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(6):
+        photo(number, 72).save(folder / f"{number}.png")
+    path = toml(tmp_path, tiny_base, folder)
+    message = refused_quietly(raysd("train", str(path), "--dry-run", storage=tmp_path / "store"))
+    assert "data.prompt" in message
+    assert "6" in message
+    fine = raysd("train", str(path), "--dry-run", "--data.prompt", "a cat", "--json", storage=tmp_path / "store")
+    assert json.loads(fine.stdout)["pictures"] == {"train": 5, "validation": 1}
+
+
+def refused_quietly(done):
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_help_of_a_recipe_lists_its_paths_with_values_and_meanings(tmp_path):
+    done = raysd("train", "lora-demo", "--help", storage=tmp_path)
+    assert done.returncode == 0
+    for word in ("optim.lr", "scale.zero_stage", "Learning rate after warm-up", "method.rank"):
+        assert word in done.stdout
+    assert "method.text_encoder" not in done.stdout
+
+
+def test_a_data_check_prints_one_json_document(tiny_pictures, tmp_path):
+    words = ["data", "check", str(tiny_pictures), "--json", "--html", str(tmp_path / "page.html")]
+    done = raysd(*words, storage=tmp_path / "store")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert "picture 3" in (tmp_path / "page.html").read_text()
+
+
+def test_an_unexpected_error_is_one_line_and_its_details_are_kept(monkeypatch, capsys):
+    def broken(*words: object) -> None:
+        raise ZeroDivisionError("division by zero\nsecond line")
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0] == "ZeroDivisionError: division by zero"
+    assert "Traceback" in Path(lines[1].removeprefix("details: ")).read_text()
+
+
+def test_dotted_words():
+    assert cli._dotted(["--optim.lr", "1e-4", "--scale.compile=true"]) == {"optim.lr": "1e-4", "scale.compile": "true"}
+    with pytest.raises(RequestError, match="a value is missing"):
+        cli._dotted(["--optim.lr"])

@@ -1,0 +1,60 @@
+"""Hub ids and single files, on files of the layout that the hub and the usual trainers write."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from raysd.errors import IntegrityError, NotFound
+from raysd.references import identity, locate
+from raysd.registry import Registry
+from raysd.storage import Storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path / "store"))
+
+
+def test_a_hub_id_is_found_in_the_hub_cache(tiny_base, storage, tmp_path, monkeypatch):
+    import huggingface_hub.constants as constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--studio--cats"
+    shutil.copytree(tiny_base, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert identity(locate("studio/cats", storage).folder) == identity(tiny_base)
+    with pytest.raises(NotFound, match="studio/dogs: not on this machine, and the hub did not answer"):
+        locate("studio/dogs", storage)
+
+
+def test_a_version_refuses_another_base_than_the_one_it_was_trained_on(tiny_base, storage, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "pytorch_lora_weights.safetensors"
+    shutil.copytree(tiny_base, base)
+    save_file({"unet.x": torch.ones(2)}, adapter)
+    record = {"base": str(base), "base_digest": identity(base)}
+    version = Registry(storage).publish("cats", {adapter.name: adapter}, record, key="one")
+    assert locate(version.ref, storage).lora.read_bytes() == adapter.read_bytes()
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights)
+    with pytest.raises(IntegrityError, match="is not the one it was trained on"):
+        locate(version.ref, storage)
+
+
+def test_identity_reads_only_what_is_the_model(tiny_base, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    (copy / ".gitattributes").write_text("x")
+    (copy / "sample.png").write_bytes(b"x")
+    assert identity(copy) == identity(tiny_base)
+    index = copy / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"x": 1}))
+    assert identity(copy) != identity(tiny_base)
+    assert os.path.isdir(copy)

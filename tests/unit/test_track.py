@@ -1,0 +1,56 @@
+"""Trackers write what they are given, where a person would look for it."""
+
+import pytest
+
+from raysd.config import TrainingSpec, load
+from raysd.errors import RequestError
+from raysd.storage import Storage
+from raysd.train import track
+
+SPEC = load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
+
+
+def test_tensorboard_files_hold_the_values(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = track.TensorBoard(Storage(str(tmp_path)))
+    for step in (1, 2):
+        tracker.log(step, {"loss": 0.5 * step})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tags = events.Tags()
+    name = "loss"
+    assert name in tags["scalars"] + tags["tensors"]
+
+
+def test_mlflow_gets_metrics_and_the_spec(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tracker = track.MLflow(f"file://{tmp_path}/mlruns", "run", SPEC)
+    tracker.log(3, {"loss": 0.25})
+    tracker.close()
+    [run] = mlflow.search_runs(experiment_names=["raysd"], output_format="list")
+    assert run.data.metrics["loss"] == 0.25
+    assert run.info.run_name == "run"
+
+
+def test_wandb_writes_its_files_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracker = track.Wandb("raysd", "run", SPEC)
+    tracker.log(3, {"loss": 0.25})
+    tracker.close()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):
+    import importlib
+
+    def absent(name: str) -> None:
+        raise ImportError(name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(RequestError, match=r"track\.mlflow: not installed; pip install 'raysd\[mlflow\]'"):
+        track._require("mlflow")
