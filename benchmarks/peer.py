@@ -107,9 +107,10 @@ def _raysd(setting: Setting, precision: str, scratch: Path) -> Command:
     environment = {"RAYSD_STORAGE": str(scratch / "store"), "PYTHONPATH": str(Path(__file__).parent.parent)}
     began, ended = _timed(command, environment, scratch)
     seen = [json.loads(line) for line in events.read_text().splitlines()]
-    rows = (scratch / "store" / "runs" / "bench" / "metrics.jsonl").read_text().splitlines()
+    lines = (scratch / "store" / "runs" / "bench" / "metrics.jsonl").read_text().splitlines()
+    ends = [row["time"] for row in map(json.loads, lines) if "loss" in row]
     published = (scratch / "store" / "runs" / "bench" / "run.json").stat().st_mtime
-    return Command(began, ended, [json.loads(row)["time"] for row in rows], _stages(began, published, ended, seen))
+    return Command(began, ended, ends, _stages(began, published, ended, seen))
 
 
 def _peer(setting: Setting, precision: str, scratch: Path, script: Path, python: Path) -> Command:

@@ -34,7 +34,7 @@ def raysd(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command and wait for it."""
     process = start(*words, storage=storage, address=address, **environment)
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=600)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
