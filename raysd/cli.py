@@ -28,7 +28,7 @@ app.add_typer(models_app, name="models")
 
 RECIPES = Path(__file__).parent / "recipes"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-out = Console(highlight=False)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
 def main() -> None:
@@ -392,6 +392,8 @@ def _table(rows: list[dict[str, Any]], *columns: str) -> Table:
 
 def _pairs(values: dict[str, Any]) -> Table:
     table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in values.items():
         table.add_row(name, "" if value is None else str(value))
     return table

@@ -39,6 +39,8 @@ def run_demo(spec: TrainingSpec, root: Storage, watch: Watcher) -> Table:
 
 def _summary(record: RunRecord) -> Table:
     table = Table(title="raysd demo", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     table.add_row("version published", str(record.version))
     table.add_row("validation loss of the base", f"{record.base_loss:.4f}")
     table.add_row("validation loss of the version", f"{record.loss:.4f}")

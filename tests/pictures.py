@@ -1,6 +1,7 @@
 """Pictures for tests, made by numpy: the same seed gives the same picture."""
 
 import io
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ from PIL import Image
 
 def photo(seed: int, width: int = 128, height: int | None = None) -> Image.Image:
     """A cloudy colour picture with the spectrum of photographs (amplitude 1/f)."""
-    height = height or width
+    return _cloudy(seed, width, height or width).copy()
+
+
+@lru_cache(maxsize=512)
+def _cloudy(seed: int, width: int, height: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     falloff = np.hypot(*np.meshgrid(np.fft.fftfreq(width), np.fft.fftfreq(height)))
     falloff[0, 0] = 1
@@ -32,11 +37,16 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return body.getvalue()
 
 
+@lru_cache(maxsize=512)
+def _png(seed: int, side: int) -> bytes:
+    return encoded(photo(seed, side))
+
+
 def folder(root: Path, count: int = 6, captions: bool = True, first: int = 0, side: int = 128) -> Path:
     """`count` different photos `p0.png`, … with captions beside them."""
     root.mkdir(parents=True, exist_ok=True)
     for index in range(first, first + count):
-        (root / f"p{index}.png").write_bytes(encoded(photo(index, side)))
+        (root / f"p{index}.png").write_bytes(_png(index, side))
         if captions:
             (root / f"p{index}.txt").write_text(f"a photo number {index}")
     return root

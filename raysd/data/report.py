@@ -29,7 +29,8 @@ MOST_DUPLICATES = 10
 
 def table(report: Report) -> RenderableType:
     """Counts, what was done, and the verdict, for a terminal. Foreign text is neither markup nor escape codes in it."""
-    rows = Table(box=box.SIMPLE, show_header=False, title=Text(f"{report.origin}: {report.found:,} pictures"))
+    title = Text(f"{report.origin}: {report.found:,} pictures")
+    rows = Table(box=box.SIMPLE, show_header=False)
     rows.add_column(style="bold")
     rows.add_column(justify="right")
     rows.add_column(overflow="fold")
@@ -37,7 +38,7 @@ def table(report: Report) -> RenderableType:
         rows.add_row(what, count, Text(detail))
     remarks = [Text(f"! {shown(line, 300)}", style="yellow") for line in report.warnings]
     refused = [Text(f"refused: {shown(line, 300)}", style="red") for line in report.refusals]
-    return Group(rows, *remarks, *(refused or [Text("these pictures can be trained on", style="green")]))
+    return Group(title, rows, *remarks, *(refused or [Text("these pictures can be trained on", style="green")]))
 
 
 def page(report: Report, source: Source, out: Path) -> None:

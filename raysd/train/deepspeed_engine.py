@@ -254,7 +254,8 @@ def _plain_layout(module: nn.Module) -> None:
         if isinstance(part, nn.Conv2d) and not part.weight.is_contiguous():
             part.register_forward_pre_hook(_channels_last)
     for tensor in (*module.parameters(), *module.buffers()):
-        tensor.data = tensor.data.contiguous()
+        # A 1 x 1 kernel is contiguous in both layouts; only through its flat form does it get the plain strides.
+        tensor.data = tensor.data.contiguous().reshape(-1).view(tensor.shape)
 
 
 def _channels_last(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """The tokenizer of the bundled models: a real CLIP byte-pair encoding with a few hundred tokens.
 
-The renderer's words are whole tokens; any other text falls apart into bytes, so that nothing is unknown.
+Most of the renderer's words are one token (where merges of two words compete, a few); any other text falls apart into
+parts of words and bytes, so that nothing is unknown.
 """
 
 import json
