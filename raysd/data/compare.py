@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from raysd.data.facts import PARTS, Facts, Floats
+from raysd.data.facts import COLOUR, TEXTURE, Facts, Floats
 
 NEAR_BITS = 8
 """Most of the 64 bits of the perceptual hash in which near duplicates differ."""
@@ -51,7 +51,8 @@ def _join(group: NDArray[np.intp], one: int, others: NDArray[np.intp], thumbs: N
 
 
 def outlier_scores(features: Floats) -> NDArray[np.float64]:
-    """[n] how odd each picture is: the largest of its robust z-scores in colour, layout and texture.
+    """[n] how odd each picture is: the larger of its robust z-scores in colour and texture. (Not in layout: a subject
+    at the edge, where the others have it in the middle, is variety.)
 
     Each is that of the distance to the nearest neighbours: how far a picture lies from all others, in units of how far
     pictures of this set usually do. Neighbours rather than the set's centre: a set may have several themes.
@@ -59,7 +60,7 @@ def outlier_scores(features: Floats) -> NDArray[np.float64]:
     """
     if len(features) < FEWEST:
         return np.zeros(len(features))
-    return np.max([_robust_z(_to_neighbours(features[:, part])) for part in PARTS], axis=0)
+    return np.max([_robust_z(_to_neighbours(features[:, part])) for part in (COLOUR, TEXTURE)], axis=0)
 
 
 def _robust_z(distance: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -22,8 +22,8 @@ TAPS = 9
 STEP = 2
 """Changes between neighbours up to this (of 255) are rounding, which makes stairs of smooth slopes."""
 CELLS, DIRECTIONS, LEVELS = 4, 8, 4
-PARTS = (slice(0, 64), slice(64, 192), slice(192, 201))
-"""Colour, layout and texture in the features."""
+COLOUR, TEXTURE = slice(0, 64), slice(192, 201)
+"""Parts of the features; layout lies between them."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from raysd.train.ema import Ema
 from raysd.train.engine import Engine
 from raysd.train.schedule import factor
 
+ADVICE = "lower optim.lr, or use scale.precision bf16 or fp32"
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -66,6 +68,8 @@ def training_steps(
         # One optimiser step, the same on every rank, and the moving average after it.
         rate = spec.optim.lr * factor(step, total, spec.optim)
         norm = engine.step(rate)
+        if engine.skipped and spec.scale.precision != "fp16":
+            raise TrainingFailed(f"step {step + 1}: the gradients are no longer finite; {ADVICE}")
         if ema is not None:
             ema.update(step)
 

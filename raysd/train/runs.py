@@ -88,7 +88,7 @@ def delete(root: Storage, name: str) -> None:
     """Remove a run and its checkpoints; published versions stay. Raises LeaseHeld while it runs."""
     if read(root, name).status == "running":
         raise LeaseHeld(f"run {name} is running: raysd runs stop {name} first")
-    storage_of(root, name).delete_tree("")
+    root.delete_tree(f"runs/{name}")
 
 
 def metrics(run: Storage) -> list[dict[str, Any]]:

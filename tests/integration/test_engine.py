@@ -95,7 +95,9 @@ def step_of(engine: Engine, step: int, lr: float = LR) -> tuple[float, float]:
     return total.item(), engine.step(lr)
 
 
-def plain_loop(world: int, precision: str = "fp32") -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+def plain_loop(
+    world: int, precision: str = "fp32", clip: float = CLIP
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """What the engines have to reproduce: one process, all ranks' micro-batches one after the other."""
     model = net()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.01)
@@ -112,7 +114,7 @@ def plain_loop(world: int, precision: str = "fp32") -> tuple[list[tuple[float, f
         for parameter in model.parameters():  # ZeRO steps parameters without a gradient too
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         seen.append((total, norm.item()))
@@ -235,6 +237,7 @@ def scenarios(world: int, folder: Path) -> dict[Any, Any]:
         for precision in ("fp32", "bf16"):
             seen[stage, precision] = uninterrupted_and_resumed(spec(stage, precision))
         seen["broken", stage] = broken_step(spec(stage))
+        seen["unclipped", stage] = train(build(spec(stage, clip=None)), 0, STEPS)
     for source, target in ((2, 3), (3, 2), (0, 2), (1, 0)):
         seen["to", source, target] = train(resumed(spec(target), seen[source, "fp32"]["saved"]), CUT, STEPS)
     for stage in (0, 2, 3):
@@ -318,6 +321,13 @@ def test_same_losses_norms_and_weights_as_a_plain_loop(results, expected, world,
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_is_autocast_with_fp32_gradients(results, expected, world, stage):
     close(results[world][stage, "bf16"]["seen"], expected[world, "bf16"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_without_clipping(results, world):
+    wanted, _ = plain_loop(world, clip=math.inf)
+    for stage in STAGES:
+        close(results[world]["unclipped", stage], wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -465,15 +475,14 @@ def test_every_optimiser_resumes_exactly_and_learns(kind, layout):
 
 def test_clipping_is_torchs():
     torch.manual_seed(0)
-    for clip in (0.01, 1.0, 1e6):
+    for clip in (0.01, 1.0, 1e6, None):
         ours = [nn.Parameter(torch.zeros(7, 3)), nn.Parameter(torch.zeros(5))]
         theirs = [nn.Parameter(torch.zeros(7, 3)), nn.Parameter(torch.zeros(5))]
         for mine, other in zip(ours, theirs, strict=True):
             other.grad = torch.randn_like(other)
             mine.grad = other.grad * 64
-        assert clip_gradients(ours, clip, 64.0) == pytest.approx(
-            nn.utils.clip_grad_norm_(theirs, clip).item(), rel=1e-6
-        )
+        norm = nn.utils.clip_grad_norm_(theirs, clip or math.inf).item()
+        assert clip_gradients(ours, clip, 64.0) == pytest.approx(norm, rel=1e-6)
         for mine, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-6, atol=0)
 

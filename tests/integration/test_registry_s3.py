@@ -20,7 +20,6 @@ from raysd.registry.records import blob_path
 from raysd.storage import Storage, digest
 from tests.versions import files_of, safetensors
 
-
 PATIENCE = 200.0  # seconds: the server shares two cores with 32 publishers, and maybe with more
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from raysd.draw import Request, draw
 from raysd.references import locate
 from raysd.registry import Registry
 from raysd.storage import Storage
@@ -67,12 +68,10 @@ def test_another_spec_under_the_same_name_is_refused(finished):
 def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
     """The true alpha (6, at rank 2) is in the file: diffusers, given nothing else, draws what raysd draws."""
     from diffusers import StableDiffusionPipeline
-    from PIL import Image
 
     store, _, _ = finished
-    out = tmp_path / "cat.png"
-    words = ["generate", "cats@1", "--prompt", "picture 3", "--seed", "4", "--steps", "5", "--out", str(out)]
-    assert raysd(*words, storage=store).returncode == 0
+    located = locate("cats@1", Storage(str(store)))
+    [image] = draw(located, [Request("picture 3", seed=4, steps=5)])
     folder = tmp_path / "exported"
     assert raysd("export", "cats@1", "--format", "diffusers", "--out", str(folder), storage=store).returncode == 0
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -83,7 +82,7 @@ def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
             assert pipeline.unet.peft_config["default_0"].lora_alpha == 6
         seeded = torch.Generator().manual_seed(4)
         pictures.append(pipeline("picture 3", num_inference_steps=5, generator=seeded).images[0])
-    drawn = torch.tensor(list(Image.open(out).tobytes())).int()
+    drawn = torch.tensor(list(image.tobytes())).int()
     without, adapted = (torch.tensor(list(picture.tobytes())).int() for picture in pictures)
     assert (drawn - adapted).abs().max() <= 1
     assert (drawn - without).abs().float().mean() > 1

@@ -232,6 +232,16 @@ def test_noise_and_an_irrelevant_picture_are_outliers_and_dropped_on_request(tmp
     assert run(tmp_path, outliers="drop").used == 30
 
 
+def test_a_subject_at_the_edge_is_no_outlier_nor_is_anything_in_the_sample(tmp_path):
+    for index in range(12):
+        scene, place = np.full((128, 128, 3), (200, 180, 40), np.uint8), 90 if index == 5 else 44
+        scene[44:84, place : place + 30 + index % 3] = photo(index, 40).resize((30 + index % 3, 40))
+        put(tmp_path, f"{index}.png", Image.fromarray(scene))
+    assert run(tmp_path, duplicates="keep").outliers == ()
+    sample = open_source("sample", Storage(str(tmp_path / "s")))
+    assert check(sample, DataSpec(source="sample", resolution=64)).warnings == ()
+
+
 def test_a_small_or_uniform_set_has_no_outliers():
     rows = np.eye(201, dtype=np.float32)
     assert outlier_scores(rows[:9]).tolist() == [0] * 9
