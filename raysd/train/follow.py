@@ -65,6 +65,8 @@ class Follower:
                 self.trackers.log(record["step"], {name: record[name] for name in ("loss", "lr", "grad_norm")})
             elif kind == "validation":
                 self._validation(record)
+            elif kind == "checkpoint":
+                self._next_write = 0.0  # a resume goes on from here: what led to it is written now
             self.watch(record)
 
     def _validation(self, record: dict[str, Any]) -> None:

