@@ -1,5 +1,6 @@
 """The command `raysd`: one function a verb, which reads a spec and calls the library."""
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -293,7 +294,8 @@ def export(
 def _train(spec: TrainingSpec, name: str, as_json: bool) -> None:
     from raysd.train.launch import train as launch
 
-    with Watcher(quiet=as_json) as watch:
+    # Ray prints on standard output when a worker dies; that is for the result alone.
+    with Watcher(quiet=as_json) as watch, contextlib.redirect_stdout(sys.stderr):
         outcome = launch(spec, name, _storage(), watch)
     record = outcome.record
     if as_json:
