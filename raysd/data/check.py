@@ -21,8 +21,8 @@ __all__ = ["Examination", "Picture", "Report", "check", "examine"]
 
 BLURRY = 0.6
 """From this value of `facts.blur` on a picture is blurry: a Gaussian of about 1% of the shorter side."""
-COMPARED = 1000
-"""Diversity is that of at most so many pictures, chosen by their content."""
+COMPARED = 100
+"""Diversity is that of at most so many pictures, chosen by content: as a share it would fall with their number."""
 EXAMPLES = 24
 REMOTE_READERS = 16
 

@@ -14,7 +14,7 @@ NEAR_COLOUR = 6.0
 is another one."""
 BLOCK = 256
 NEIGHBOURS = 5
-OUTLIER = 6.0
+OUTLIER = 7.0
 """Robust z-score from which a picture is an outlier. 3.5 is usual (Iglewicz and Hoaglin 1993); distances to
 neighbours have a longer tail than a normal distribution."""
 WIDTH = 0.4
@@ -87,7 +87,7 @@ def diversity(features: Floats) -> float:
     """How many different pictures the set amounts to, over how many there are: near 0 for copies of one, 1 at most.
 
     The Vendi score (Friedman and Dieng 2023, definition 3.1) over n: the exponential of the entropy of the eigenvalues
-    of K/n, with a Gaussian kernel K of width `WIDTH`. features: [n, d] of length 1, n up to a thousand or so.
+    of K/n, with a Gaussian kernel K of width `WIDTH`. features: [n, d] of length 1, n up to a few hundred.
     """
     n = len(features)
     if n < 2:

@@ -13,7 +13,7 @@ FEWEST = 5
 RECOMMENDED = 10
 UNEVEN = 3.0
 """The largest group over the smallest, from which a warning is due."""
-ALIKE = 0.2
+ALIKE = 0.15
 """Diversity below which a warning is due."""
 
 

@@ -12,7 +12,7 @@ from raysd.config import DataSpec
 from raysd.data import place
 from raysd.data.balance import caption_of, weights
 from raysd.data.check import check, examine
-from raysd.data.compare import diversity, near_groups, outlier_scores
+from raysd.data.compare import OUTLIER, diversity, near_groups, outlier_scores
 from raysd.data.facts import Facts
 from raysd.data.source import open_source
 from raysd.errors import DataError, StorageError
@@ -247,7 +247,7 @@ def test_a_small_or_uniform_set_has_no_outliers():
     assert outlier_scores(rows[:9]).tolist() == [0] * 9
     some = np.abs(np.random.default_rng(0).normal(1, 0.1, (50, 201))).astype(np.float32)
     some /= np.linalg.norm(some, axis=1, keepdims=True)
-    assert outlier_scores(some).max() < 6
+    assert outlier_scores(some).max() < OUTLIER
 
 
 def test_diversity_is_the_effective_share_of_different_pictures(tmp_path):
