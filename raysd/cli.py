@@ -3,7 +3,6 @@
 import contextlib
 import json
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from rich.table import Table
 from raysd.config import DataSpec, TrainingSpec, describe, load, override, read_toml
 from raysd.console import Watcher, errors
 from raysd.errors import RaysdError, RequestError
-from raysd.quiet import quiet_libraries
+from raysd.quiet import native_logs, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data_app = typer.Typer(no_args_is_help=True, help="Look at a data set.")
@@ -35,22 +34,34 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 def main() -> None:
     """Run a command. Exit status: 0 done, 1 failed, 2 the request was wrong."""
     quiet_libraries()
+    with native_logs() as log:
+        status = _run(log)
+        if status == 1 and log.stat().st_size:
+            errors.print(f"details: {log}", markup=False, soft_wrap=True)
+        else:
+            log.unlink()
+    sys.exit(status)
+
+
+def _run(log: Path) -> int:
+    """The command's exit status. An error's traceback goes to `log`."""
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except RaysdError as error:
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
-        sys.exit(error.exit_status)
+        return error.exit_status
     except KeyboardInterrupt:
         errors.print("stopped")
-        sys.exit(1)
+        return 1
     except Exception as error:
-        with tempfile.NamedTemporaryFile("w", prefix="raysd-error-", suffix=".txt", delete=False) as file:
+        with log.open("a") as file:
             file.write(traceback.format_exc())
         reason = (str(error).splitlines() or [""])[0][:300]
-        errors.print(
-            f"{type(error).__name__}: {reason}\ndetails: {file.name}", markup=False, style="red", soft_wrap=True
-        )
-        sys.exit(1)
+        errors.print(f"{type(error).__name__}: {reason}", markup=False, style="red", soft_wrap=True)
+        return 1
+    return 0
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -277,17 +288,20 @@ def generate(
 @app.command()
 def export(
     ref: str,
-    to: Annotated[Path, typer.Option("--out", help="Folder to write; must not exist or be empty.")],
+    to: Annotated[Path, typer.Option("--out", help="Folder or file to write; must not exist.")],
     form: Annotated[
-        str, typer.Option("--format", help="diffusers: a folder that from_pretrained loads.")
+        str,
+        typer.Option(
+            "--format", help="diffusers: a folder for from_pretrained. kohya: a LoRA file for A1111, ComfyUI."
+        ),
     ] = "diffusers",
 ) -> None:
     """Write a model for other programs."""
-    from raysd.export import export_diffusers
+    from raysd.export import EXPORTS
 
-    if form != "diffusers":
-        raise RequestError(f"--format {form}: diffusers is what can be written")
-    export_diffusers(ref, _storage(), to)
+    if form not in EXPORTS:
+        raise RequestError(f"--format {form}: one of {', '.join(EXPORTS)}")
+    EXPORTS[form](ref, _storage(), to)
     out.print(str(to), soft_wrap=True)
 
 

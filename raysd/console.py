@@ -1,6 +1,5 @@
 """What a person sees while something runs: one line of progress on a terminal, a line now and then in a log."""
 
-import sys
 import time
 from types import TracebackType
 from typing import Any
@@ -76,7 +75,7 @@ class Watcher:
         if self._bar is None:
             if time.monotonic() >= self._next_line or done == of:
                 self._next_line = time.monotonic() + LOG_PERIOD
-                print(f"{what}: {text}" if what != "train" else text, file=sys.stderr, flush=True)
+                self._line(f"{what}: {text}" if what != "train" else text)
             return
         if self._task is None:
             self._task = self._bar.add_task(what, total=of, text=text)

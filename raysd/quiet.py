@@ -1,7 +1,12 @@
 """Keeps what libraries have to say out of a user's way: their logs and bars, but not their errors."""
 
 import os
+import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 ENVIRONMENT = {
     "DIFFUSERS_VERBOSITY": "error",
@@ -20,3 +25,23 @@ def quiet_libraries() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
+
+
+@contextmanager
+def native_logs() -> Iterator[Path]:
+    """What compiled libraries and Ray's processes write on standard error goes to the file yielded.
+
+    Python's own standard error stays where it was. The caller keeps or removes the file.
+    """
+    handle, name = tempfile.mkstemp(prefix="raysd-log-", suffix=".txt")
+    outside, before = os.dup(2), sys.stderr
+    sys.stderr = os.fdopen(outside, "w", buffering=1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    try:
+        yield Path(name)
+    finally:
+        sys.stderr.flush()
+        os.dup2(outside, 2)
+        sys.stderr.close()
+        sys.stderr = before

@@ -64,3 +64,7 @@ class Family(Protocol):
     def save_lora(self, tensors: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
         """Write adapter tensors (names below the denoiser, `….lora_A.weight`) as the file that diffusers loads."""
         ...
+
+    def lora_config(self, lora: Path) -> dict[str, Any]:
+        """What an adapter file of `save_lora` says of itself: `r`, `lora_alpha`, `target_modules`."""
+        ...

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from raysd.models.base import NoiseSchedule
@@ -83,3 +84,8 @@ class StableDiffusion:
         StableDiffusionPipeline.save_lora_weights(
             folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata, weight_name=LORA_FILE
         )
+
+    def lora_config(self, lora: Path) -> dict[str, Any]:
+        with safe_open(lora, "pt") as file:
+            header = json.loads(file.metadata()["lora_adapter_metadata"])
+        return {name.removeprefix("unet."): value for name, value in header.items()}

@@ -88,6 +88,26 @@ def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
     assert (drawn - without).abs().float().mean() > 1
 
 
+def test_13_the_kohya_file_carries_the_true_alpha_and_draws_the_same(finished, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import load_file
+
+    store, _, _ = finished
+    file = tmp_path / "cats.safetensors"
+    words = ["export", "cats@1", "--format", "kohya", "--out", str(file)]
+    assert raysd(*words, storage=store).returncode == 0
+    assert raysd(*words, storage=store).returncode == 2, "a file is not overwritten"
+    tensors = load_file(file)
+    assert {float(value) for name, value in tensors.items() if name.endswith(".alpha")} == {6.0}
+    located = locate("cats@1", Storage(str(store)))
+    [image] = draw(located, [Request("picture 3", seed=4, steps=5)])
+    pipeline = StableDiffusionPipeline.from_pretrained(located.folder, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path, weight_name=file.name)
+    again = pipeline("picture 3", num_inference_steps=5, generator=torch.Generator().manual_seed(4)).images[0]
+    drawn, read = (torch.tensor(list(picture.tobytes())).int() for picture in (image, again))
+    assert (drawn - read).abs().max() <= 1
+
+
 def test_12_saved_names_carry_no_module_prefix(finished):
     from safetensors import safe_open
 

@@ -94,7 +94,6 @@ def test_10_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("step", [4, 10])
 def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
     path, ray_address, undisturbed, tmp_path, step
@@ -108,7 +107,6 @@ def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
-@pytest.mark.soak
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "runs stop"])
 def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, undisturbed, tmp_path, how):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
@@ -129,7 +127,6 @@ def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, un
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
-@pytest.mark.soak
 def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_address, tmp_path):
     process = start("train", str(path), "--name", "run", "--optim.steps", "4000", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, 2), process)
@@ -152,7 +149,6 @@ def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_
     assert not (tmp_path / "models").exists()
 
 
-@pytest.mark.soak
 def test_a_loss_that_is_no_number_fails_the_run_with_advice(path, ray_address, tmp_path):
     words = ["train", str(path), "--name", "run", "--optim.lr", "1e30", "--optim.clip", "null", "--scale.restarts", "3"]
     done = raysd(*words, storage=tmp_path, address=ray_address)

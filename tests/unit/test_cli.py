@@ -1,12 +1,15 @@
 """The command line as a person meets it: messages, exit status, help, JSON."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from raysd import cli
 from raysd.errors import RequestError
+from raysd.quiet import native_logs
 from tests.base import toml
 from tests.cluster import raysd
 from tests.pictures import photo
@@ -37,7 +40,7 @@ def refused(done):
         (["runs", "show", "nothing"], "run nothing: not in"),
         (["models", "show", "cats@9"], "cats@9"),
         (["generate", "tiny-sd", "--prompt", "x", "--out", "x.gif"], "--out x.gif: name a .png file"),
-        (["export", "tiny-sd", "--format", "onnx", "--out", "x"], "--format onnx: diffusers is what can be written"),
+        (["export", "tiny-sd", "--format", "onnx", "--out", "x"], "--format onnx: one of diffusers, kohya"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -81,7 +84,7 @@ def test_a_data_check_prints_one_json_document(tiny_pictures, tmp_path):
     assert "picture 3" in (tmp_path / "page.html").read_text()
 
 
-def test_an_unexpected_error_is_one_line_and_its_details_are_kept(monkeypatch, capsys):
+def test_an_unexpected_error_is_one_line_and_its_details_are_kept(monkeypatch, capfd):
     def broken(*words: object) -> None:
         raise ZeroDivisionError("division by zero\nsecond line")
 
@@ -89,9 +92,20 @@ def test_an_unexpected_error_is_one_line_and_its_details_are_kept(monkeypatch, c
     with pytest.raises(SystemExit) as raised:
         cli.main()
     assert raised.value.code == 1
-    lines = capsys.readouterr().err.strip().splitlines()
+    lines = capfd.readouterr().err.strip().splitlines()
     assert lines[0] == "ZeroDivisionError: division by zero"
     assert "Traceback" in Path(lines[1].removeprefix("details: ")).read_text()
+
+
+def test_what_compiled_code_writes_is_kept_in_a_file(capfd):
+    """Only what Python writes reaches the terminal, and everything does again afterwards."""
+    with native_logs() as log:
+        os.write(2, b"core_worker.cc: noise\n")
+        print("progress", file=sys.stderr)
+    os.write(2, b"later\n")
+    assert capfd.readouterr().err == "progress\nlater\n"
+    assert log.read_text() == "core_worker.cc: noise\n"
+    log.unlink()
 
 
 def test_dotted_words():

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raysd.errors import IntegrityError, NotFound
+from raysd.errors import IntegrityError, NotFound, RequestError
 from raysd.references import identity, locate
 from raysd.registry import Registry
 from raysd.storage import Storage
+from tests.original import original_layout
 
 
 @pytest.fixture
@@ -32,6 +33,24 @@ def test_a_hub_id_is_found_in_the_hub_cache(tiny_base, storage, tmp_path, monkey
     assert identity(locate("studio/cats", storage).folder) == identity(tiny_base)
     with pytest.raises(NotFound, match="studio/dogs: not on this machine, and the hub did not answer"):
         locate("studio/dogs", storage)
+
+
+def test_a_single_file_is_the_model_it_was_made_from(tiny_base, storage, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_file(original_layout(tiny_base), tmp_path / "model.safetensors")
+    with pytest.raises(RequestError, match="put the model's configuration and tokenizer into"):
+        locate(str(tmp_path / "model.safetensors"), storage)
+    shutil.copytree(tiny_base, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    found = locate(str(tmp_path / "model.safetensors"), storage).folder
+    for part in ("unet", "vae", "text_encoder"):
+        [ours] = (found / part).glob("*.safetensors")
+        [theirs] = (tiny_base / part).glob("*.safetensors")
+        ours, theirs = load_file(ours), load_file(theirs)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
+    (tmp_path / "model.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(RequestError, match="not loadable as a Stable Diffusion checkpoint"):
+        locate(str(tmp_path / "model.safetensors"), storage)
 
 
 def test_a_version_refuses_another_base_than_the_one_it_was_trained_on(tiny_base, storage, tmp_path):
