@@ -45,14 +45,17 @@ class Lora:
         return denoising_loss(model, batch, schedule, spec)
 
     def write(self, family: Family, base: Path, weights: Mapping[str, Tensor], spec: TrainingSpec, out: Path) -> None:
-        """One adapter file, its rank, alpha and targets in the header."""
+        """One adapter file, its rank, alpha and targets in the header.
+
+        Not its dropout: diffusers would make the dropout layers that a header asks for in training mode, and draw with them.
+        """
         dtype = published_dtype(spec)
         tensors = {
             name.removeprefix("denoiser.").replace(f".{ADAPTER}.", "."): tensor.to(dtype).contiguous()
             for name, tensor in weights.items()
         }
         targets = _method(spec).targets or family.lora_targets
-        family.save_lora(tensors, _config(spec, targets).to_dict(), out)
+        family.save_lora(tensors, {**_config(spec, targets).to_dict(), "lora_dropout": 0.0}, out)
 
 
 def _method(spec: TrainingSpec) -> LoraSpec:

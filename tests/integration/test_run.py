@@ -66,7 +66,7 @@ def test_another_spec_under_the_same_name_is_refused(finished):
 
 
 def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
-    """The true alpha (6, at rank 2) is in the file: diffusers, given nothing else, draws what raysd draws."""
+    """The true alpha (6, at rank 2) is in the file, and no dropout: diffusers, given nothing else, draws the same."""
     from diffusers import StableDiffusionPipeline
 
     store, _, _ = finished
