@@ -45,6 +45,9 @@ class Watcher:
         self.total, self.batch = event.get("total", self.total), event.get("batch", self.batch)
         self._line(event["text"])
 
+    def _trial(self, event: dict[str, Any]) -> None:
+        self._line(event["text"])
+
     def _notice(self, event: dict[str, Any]) -> None:
         self._line(event["text"])
 

@@ -1,5 +1,6 @@
 """Pictures from a located model, through its family's diffusers pipeline."""
 
+import io
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,8 +34,7 @@ def draw(
     located: Located, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
 ) -> list[Image.Image]:
     """The pictures of all requests, in order. `progress(done, total)` is called at each denoising step."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = located.family.pipeline(located.folder, located.lora).to(device)
+    pipeline = open_pipeline(located)
     total = sum(request.steps for request in requests)
     images: list[Image.Image] = []
     done = 0
@@ -45,15 +45,33 @@ def draw(
                 progress(before + n + 1, total)
             return kwargs
 
-        images += pipeline(
-            [request.prompt] * request.count,
-            negative_prompt=None if request.negative is None else [request.negative] * request.count,
-            generator=[torch.Generator().manual_seed(request.seed + n) for n in range(request.count)],
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            callback_on_step_end=step,
-        ).images
+        images += draw_batch(pipeline, [request.of(n) for n in range(request.count)], step)
         done += request.steps
+    return images
+
+
+def open_pipeline(located: Located) -> Any:
+    """The family's diffusers pipeline on this machine's device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return located.family.pipeline(located.folder, located.lora).to(device)
+
+
+def draw_batch(pipeline: Any, requests: Sequence[Request], step: Callable[..., Any] | None = None) -> list[Image.Image]:
+    """One picture for each request, all in one batch. They may differ in prompt, negative prompt and seed alone.
+
+    `step` is diffusers' callback at the end of each denoising step. Raises ValueError for requests that differ in more.
+    """
+    settings = {(request.steps, request.guidance, request.count) for request in requests}
+    if len(settings) != 1 or requests[0].count != 1:
+        raise ValueError("the requests of a batch share steps and guidance, and draw one picture each")
+    images: list[Image.Image] = pipeline(
+        [request.prompt for request in requests],
+        negative_prompt=[request.negative or "" for request in requests],
+        generator=[torch.Generator().manual_seed(request.seed) for request in requests],
+        num_inference_steps=requests[0].steps,
+        guidance_scale=requests[0].guidance,
+        callback_on_step_end=step,
+    ).images
     return images
 
 
@@ -70,10 +88,17 @@ def grid(images: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.I
 
 def save_png(image: Image.Image, path: Path, located: Located, request: Request) -> None:
     """Save with what is needed to draw it again in the file's metadata: reference, version digest and request."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(image, located, request))
+
+
+def png(image: Image.Image, located: Located, request: Request) -> bytes:
+    """The bytes of `save_png`'s file."""
     info = PngInfo()
     info.add_text("raysd", json.dumps({"model": located.ref, "digest": _digest(located), **asdict(request)}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "PNG", pnginfo=info)
+    body = io.BytesIO()
+    image.save(body, "PNG", pnginfo=info)
+    return body.getvalue()
 
 
 def _digest(located: Located) -> str | None:

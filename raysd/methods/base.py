@@ -71,14 +71,19 @@ class Method(Protocol):
 def denoising_loss(model: Any, batch: Batch, schedule: NoiseSchedule, spec: TrainingSpec) -> Tensor:
     """Squared error of the prediction, weighted by min-SNR where asked. [B]"""
     prediction = schedule.prediction if spec.loss.prediction == "base" else spec.loss.prediction
+    errors = denoising_errors(model, batch, schedule, prediction)
+    if spec.loss.min_snr_gamma is None:
+        return errors
+    ratio = diffusion.snr(schedule.alphas_cumprod, batch.timesteps)
+    return errors * diffusion.min_snr_weights(prediction, ratio, spec.loss.min_snr_gamma)
+
+
+def denoising_errors(model: Any, batch: Batch, schedule: NoiseSchedule, prediction: str) -> Tensor:
+    """Squared error of each sample's prediction, unweighted. [B]"""
     alphas = schedule.alphas_cumprod
     noisy = diffusion.add_noise(batch.latents, batch.noise, alphas, batch.timesteps)
     wanted = diffusion.target(prediction, batch.latents, batch.noise, alphas, batch.timesteps)
-    errors = diffusion.squared_error(model(noisy, batch.timesteps, batch.text), wanted)
-    if spec.loss.min_snr_gamma is None:
-        return errors
-    ratio = diffusion.snr(alphas, batch.timesteps)
-    return errors * diffusion.min_snr_weights(prediction, ratio, spec.loss.min_snr_gamma)
+    return diffusion.squared_error(model(noisy, batch.timesteps, batch.text), wanted)
 
 
 def published_dtype(spec: TrainingSpec) -> torch.dtype:

@@ -46,8 +46,22 @@ def total_steps(spec: TrainingSpec, pictures: int) -> int:
     return max(1, -int(-spec.optim.epochs * pictures // spec.optim.batch_size))
 
 
-def train(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> Outcome:
+def never() -> bool:
+    return False
+
+
+def train(
+    spec: TrainingSpec,
+    name: str,
+    root: Storage,
+    watch: Watch,
+    plan: Plan | None = None,
+    asked: Callable[[], bool] = never,
+) -> Outcome:
     """Train `spec` as run `name`, going on from its last checkpoint if it was interrupted; a finished run is published.
+
+    `plan` is that of another run on the same data, which need not be checked again. From the moment that `asked` is
+    true the run writes a checkpoint and ends.
 
     Raises RequestError for a wrong request before anything is written, LeaseHeld if the run is held elsewhere,
     LeaseLost, OutOfMemory or TrainingFailed if it ends early.
@@ -55,18 +69,18 @@ def train(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> Outcome
     run = runs.storage_of(root, name)
     existing = _existing(root, name, spec)
     located = locate(spec.base, root)
-    plan = None if existing else _new_plan(spec, root, located, watch)
+    new_plan = None if existing else plan or plan_for(spec, root, located, watch)
     root.require_swap()
-    launch = Launch(spec, name, root, run, located, watch)
+    launch = Launch(spec, name, root, run, located, watch, asked)
     with launch.lease():
-        return launch.run_all(existing or RunRecord(name, spec.model_dump(mode="json")), plan)
+        return launch.run_all(existing or RunRecord(name, spec.model_dump(mode="json")), new_plan)
 
 
 def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[str, Any]:
     """What a run would do, everything checked and nothing trained."""
     runs.storage_of(root, name)
     located = locate(spec.base, root)
-    plan = _new_plan(spec, root, located, watch)
+    plan = plan_for(spec, root, located, watch)
     return {
         "base": located.ref,
         "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
@@ -78,8 +92,18 @@ def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[
 class Launch:
     """A run while this process holds its lease."""
 
-    def __init__(self, spec: TrainingSpec, name: str, root: Storage, run: Storage, located: Located, watch: Watch):
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        name: str,
+        root: Storage,
+        run: Storage,
+        located: Located,
+        watch: Watch,
+        asked: Callable[[], bool],
+    ):
         self.spec, self.name, self.root, self.run, self.located, self.watch = spec, name, root, run, located, watch
+        self.asked = asked
         self.lost: str | None = None
         self.link: Any = None
 
@@ -122,9 +146,7 @@ class Launch:
     def _train(self, record: RunRecord, plan: Plan, total: int) -> None:
         self.watch({"kind": "phase", "text": "starting Ray"})
         cluster.join(self.spec.scale.most_workers)
-        fill_latents(plan, self.root, self.spec, self._count)
-        if not METHODS[self.spec.method.kind].trains_text(self.spec):
-            fill_text(plan, self.root, self.spec, self._count)
+        fill_caches(plan, self.root, self.spec, self.watch)
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
         self.link = Link.remote()  # type: ignore[attr-defined]
         trackers = Trackers(self.run, self.name, self.spec)
@@ -151,6 +173,8 @@ class Launch:
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
+            if self.asked():
+                self._stop()
         return raised[0] if raised else None
 
     def _raise_failure(self, problem: BaseException | None) -> None:
@@ -207,8 +231,16 @@ class Launch:
         if self.link is not None:
             self.link.stop.remote()
 
-    def _count(self, what: str, done: int, of: int) -> None:
-        self.watch({"kind": "count", "text": what, "done": done, "of": of})
+
+def fill_caches(plan: Plan, root: Storage, spec: TrainingSpec, watch: Watch) -> None:
+    """Compute the latents and text embeddings that the caches lack. Needs a cluster joined."""
+
+    def count(what: str, done: int, of: int) -> None:
+        watch({"kind": "count", "text": what, "done": done, "of": of})
+
+    fill_latents(plan, root, spec, count)
+    if not METHODS[spec.method.kind].trains_text(spec):
+        fill_text(plan, root, spec, count)
 
 
 def _existing(root: Storage, name: str, spec: TrainingSpec) -> RunRecord | None:
@@ -227,7 +259,8 @@ def _existing(root: Storage, name: str, spec: TrainingSpec) -> RunRecord | None:
     return record
 
 
-def _new_plan(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> Plan:
+def plan_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> Plan:
+    """Check the data and the base; nothing is written. Raises RequestError."""
     _refuse_unfit(spec, located)
     watch({"kind": "phase", "text": f"checking {spec.data.source}"})
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from raysd.config.training import TrainingSpec
 from raysd.diffusion import sample_posterior
+from raysd.evaluate.losses import fixed_noise, middles
 from raysd.methods import Batch, Method
 from raysd.models import NoiseSchedule
-from raysd.seeding import generator
 from raysd.train.batches import Item, Source
 from raysd.train.engine import Engine
 
@@ -38,7 +37,7 @@ def validation_loss(
     if not items:
         return None
     pairs = [
-        (n, t) for n in range(len(items)) for t in _timesteps(len(schedule.alphas_cumprod), spec.validation.timesteps)
+        (n, t) for n in range(len(items)) for t in middles(len(schedule.alphas_cumprod), spec.validation.timesteps)
     ]
     size = spec.optim.micro_batch or max(1, spec.optim.batch_size // engine.world)
     stride = size * engine.world
@@ -82,25 +81,16 @@ def pictures(engine: Engine, folder: Any, spec: TrainingSpec) -> list[Any]:
     return list(images)
 
 
-def _timesteps(length: int, count: int) -> list[int]:
-    """The middles of `count` equal bands of [0, length)."""
-    return [int((band + 0.5) * length / count) for band in range(count)]
-
-
 def _batch(pairs: Sequence[tuple[int, int]], items: Sequence[Item], source: Source) -> Batch:
     moments = source.moments([items[n].latents[0] for n, _ in pairs])
     zeros = torch.zeros_like(moments[:, : moments.shape[1] // 2])
     scaling, shift = source.scale
     return Batch(
         latents=sample_posterior(moments, zeros, scaling, shift),
-        noise=torch.stack([_noise(n, t, zeros[0].shape) for n, t in pairs]),
+        noise=torch.stack([fixed_noise(n, t, zeros[0].shape) for n, t in pairs]),
         timesteps=torch.tensor([t for _, t in pairs]),
         text=source.texts([items[n].text for n, _ in pairs]),
     )
-
-
-def _noise(place: int, timestep: int, shape: torch.Size) -> Tensor:
-    return torch.randn(shape, generator=generator("validation", place, timestep))
 
 
 def _unweighted(spec: TrainingSpec) -> TrainingSpec:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from raysd import cli
+from raysd.cli.specs import dotted
 from raysd.errors import RequestError
 from raysd.quiet import native_logs
 from tests.base import toml
@@ -109,6 +110,6 @@ def test_what_compiled_code_writes_is_kept_in_a_file(capfd):
 
 
 def test_dotted_words():
-    assert cli._dotted(["--optim.lr", "1e-4", "--scale.compile=true"]) == {"optim.lr": "1e-4", "scale.compile": "true"}
+    assert dotted(["--optim.lr", "1e-4", "--scale.compile=true"]) == {"optim.lr": "1e-4", "scale.compile": "true"}
     with pytest.raises(RequestError, match="a value is missing"):
-        cli._dotted(["--optim.lr"])
+        dotted(["--optim.lr"])

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from raysd.cli import RECIPES
+from raysd.cli.specs import RECIPES
 from raysd.config import TrainingSpec, describe, load, override, read_toml
 from raysd.errors import SpecError
 

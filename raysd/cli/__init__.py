@@ -1,0 +1,53 @@
+"""The command `raysd`: one function a verb, which reads a spec and calls the library."""
+
+import sys
+import traceback
+from pathlib import Path
+
+import typer
+
+from raysd.cli import data, evaluate, models, study, train, tune
+from raysd.console import errors
+from raysd.errors import RaysdError
+from raysd.quiet import native_logs, quiet_libraries
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+for verbs in (train.app, tune.app, evaluate.app, models.app):
+    app.add_typer(verbs)
+app.add_typer(data.app, name="data")
+app.add_typer(train.runs_app, name="runs")
+app.add_typer(models.models_app, name="models")
+app.add_typer(study.study_app, name="study")
+
+
+def main() -> None:
+    """Run a command. Exit status: 0 done, 1 failed, 2 the request was wrong."""
+    quiet_libraries()
+    with native_logs() as log:
+        status = _run(log)
+        if status == 1 and log.stat().st_size:
+            errors.print(f"details: {log}", markup=False, soft_wrap=True)
+        else:
+            log.unlink()
+    sys.exit(status)
+
+
+def _run(log: Path) -> int:
+    """The command's exit status. An error's traceback goes to `log`."""
+    try:
+        app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except RaysdError as error:
+        errors.print(str(error), markup=False, style="red", soft_wrap=True)
+        return error.exit_status
+    except KeyboardInterrupt:
+        errors.print("stopped")
+        return 1
+    except Exception as error:
+        with log.open("a") as file:
+            file.write(traceback.format_exc())
+        reason = (str(error).splitlines() or [""])[0][:300]
+        errors.print(f"{type(error).__name__}: {reason}", markup=False, style="red", soft_wrap=True)
+        return 1
+    return 0

@@ -1,0 +1,40 @@
+"""`raysd evaluate`."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from raysd.cli.output import Json, open_storage, show
+from raysd.console import Watcher
+
+app = typer.Typer()
+
+
+@app.command()
+def evaluate(
+    ref: Annotated[str, typer.Argument(help="tiny-sd, a folder, file.safetensors, org/name, name@3 or name:alias.")],
+    against: Annotated[str | None, typer.Option(help="A model to compare with: before, where REF is after.")] = None,
+    data: Annotated[str | None, typer.Option(help="As data.source: pictures to compare with.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="File of prompts, one a line, or .jsonl.")] = None,
+    count: Annotated[int | None, typer.Option(help="How many pictures are drawn.")] = None,
+    inception: Annotated[str | None, typer.Option(help="FID InceptionV3: .safetensors, or TorchScript.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder of a CLIPModel.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers that draw; 0: this process.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts and pictures.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say how good a model is: losses, scores of its pictures with their uncertainty, and a page to look at."""
+    from raysd.evaluate import report
+    from raysd.evaluate.evaluation import evaluate as run
+    from raysd.evaluate.evaluation import spec_of
+
+    given = {"prompts": prompts, "count": count, "inception": inception, "clip": clip, "workers": workers}
+    spec = spec_of(ref, data, given, open_storage())
+    with Watcher(quiet=as_json) as watch, contextlib.redirect_stdout(sys.stderr):
+        found = run(ref, against, spec, open_storage(), watch)
+    if html is not None:
+        report.page(found, open_storage(), html)
+    show(found.to_json(), as_json, lambda: report.table(found))

@@ -1,0 +1,63 @@
+"""What the verbs share: where things lie, and how a result is shown."""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def open_storage() -> Any:
+    from raysd.storage import Storage
+
+    return Storage()
+
+
+def open_registry() -> Any:
+    from raysd.registry import Registry
+
+    return Registry(open_storage())
+
+
+def open_database(storage: Any) -> Any:
+    from raysd.database import Database
+
+    database = Database(None, storage)
+    database.migrate()
+    return database
+
+
+def show(body: Any, as_json: bool, render: Callable[[], Any]) -> None:
+    if as_json:
+        print(json.dumps(body))
+    else:
+        out.print(render())
+
+
+def table(rows: list[dict[str, Any]], *columns: str) -> Table:
+    table = Table(*columns, box=None)
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    return table
+
+
+def pairs(values: dict[str, Any]) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in values.items():
+        table.add_row(name, "" if value is None else str(value))
+    return table
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for name, value in values.items():
+        rows.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return rows

@@ -1,0 +1,56 @@
+"""From the words of a command to a spec."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from raysd.cli.output import flat, out
+from raysd.config import TrainingSpec, describe, load, read_toml
+from raysd.errors import RequestError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def recipe_of(name: str) -> TrainingSpec:
+    """A recipe that ships, or a file. Raises SpecError or RequestError."""
+    path = Path(name)
+    if path.suffix != ".toml" and "/" not in name:
+        path = RECIPES / f"{name}.toml"
+        if not path.exists():
+            known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
+            raise RequestError(f"recipe {name}: not one of {known}, and not a .toml file")
+    return load(TrainingSpec, read_toml(path), path.name)
+
+
+def dotted(arguments: list[str]) -> dict[str, Any]:
+    """["--optim.lr", "1e-4", "--scale.compile=true"] -> {"optim.lr": "1e-4", "scale.compile": "true"}."""
+    changes: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise RequestError(f"{word}: expected --dotted.path VALUE")
+        path, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise RequestError(f"--{path}: a value is missing")
+            value = rest.pop(0)
+        changes[path] = value
+    return changes
+
+
+def train_help(recipe: str | None) -> None:
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
+    out.print(
+        "raysd train RECIPE|FILE.toml [--name RUN] [--dry-run] [--json] [--any.dotted.path VALUE ...]", markup=False
+    )
+    out.print(f"recipes: {known}\n")
+    values = flat(recipe_of(recipe).model_dump(mode="json")) if recipe else {}
+    table = Table("path", "value" if recipe else "default", "values", "meaning", box=None)
+    for row in describe(TrainingSpec):
+        if recipe and row.path.startswith("method.") and row.path not in values:
+            continue
+        shown = values.get(row.path, row.default)
+        table.add_row(row.path, "" if shown is None else str(shown), row.kind, row.meaning)
+    out.print(table)

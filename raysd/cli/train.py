@@ -1,0 +1,136 @@
+"""`raysd train`, `raysd demo` and `raysd runs`."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raysd.cli.output import Json, flat, open_storage, out, pairs, show, table
+from raysd.cli.specs import dotted, recipe_of, train_help
+from raysd.config import TrainingSpec, override
+from raysd.console import Watcher, errors
+
+app = typer.Typer()
+runs_app = typer.Typer(no_args_is_help=True, help="Training runs.")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def train(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(help="A recipe that ships, or FILE.toml.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run; the recipe's if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model: `raysd train RECIPE|FILE.toml [--any.dotted.path VALUE ...]`."""
+    if recipe in (None, "--help", "-h") or {"--help", "-h"} & set(context.args):
+        train_help(None if recipe in (None, "--help", "-h") else recipe)
+        return
+    assert recipe is not None
+    spec = override(recipe_of(recipe), dotted(context.args))
+    run = name or Path(recipe).stem.lower()
+    if dry_run:
+        _dry_run(spec, run, as_json)
+        return
+    _train(spec, run, as_json)
+
+
+@app.command()
+def demo() -> None:
+    """Train a LoRA on the bundled sample, publish it, and draw before and after side by side."""
+    from raysd.demo import run_demo
+
+    with Watcher() as watch:
+        table = run_demo(recipe_of("lora-demo"), open_storage(), watch)
+    out.print(table)
+
+
+@runs_app.command("list")
+def runs_list(as_json: Json = False) -> None:
+    """All runs."""
+    from raysd.train import runs
+
+    root = open_storage()
+    records = [runs.read(root, name) for name in runs.names(root)]
+    rows = [summary(record) for record in records]
+    show(rows, as_json, lambda: table(rows, "name", "status", "step", "checkpoint", "version"))
+
+
+@runs_app.command("show")
+def runs_show(name: str, as_json: Json = False) -> None:
+    """One run: its status, progress and settings."""
+    from raysd.train import runs
+
+    record = runs.read(open_storage(), name)
+    show({**summary(record), "spec": record.spec}, as_json, lambda: pairs({**summary(record), **flat(record.spec)}))
+
+
+@runs_app.command("stop")
+def runs_stop(name: str) -> None:
+    """Ask a run to write a checkpoint and end."""
+    from raysd.train import runs
+
+    runs.request_stop(open_storage(), name)
+    out.print(f"asked run {name} to stop; it writes a checkpoint first")
+
+
+@runs_app.command("resume")
+def runs_resume(name: str, as_json: Json = False) -> None:
+    """Go on with an interrupted run from its last checkpoint."""
+    from raysd.train import runs
+
+    _train(runs.read(open_storage(), name).training_spec(), name, as_json)
+
+
+@runs_app.command("diff")
+def runs_diff(first: str, second: str, as_json: Json = False) -> None:
+    """What differs between two runs: settings and results."""
+    from raysd.train import runs
+
+    root = open_storage()
+    changes = runs.differences(runs.read(root, first), runs.read(root, second))
+    rows = [{"path": path, first: a, second: b} for path, a, b in changes]
+    show(rows, as_json, lambda: table(rows, "path", first, second))
+
+
+@runs_app.command("delete")
+def runs_delete(name: str) -> None:
+    """Remove a run and its checkpoints; its published versions stay."""
+    from raysd.train import runs
+
+    runs.delete(open_storage(), name)
+    out.print(f"deleted run {name}")
+
+
+def _train(spec: TrainingSpec, name: str, as_json: bool) -> None:
+    from raysd.train.launch import train as launch
+
+    # Ray prints on standard output when a worker dies; that is for the result alone.
+    with Watcher(quiet=as_json) as watch, contextlib.redirect_stdout(sys.stderr):
+        outcome = launch(spec, name, open_storage(), watch)
+    record = outcome.record
+    if as_json:
+        print(json.dumps(summary(record)))
+    elif outcome.finished:
+        out.print(pairs({key: value for key, value in summary(record).items() if value is not None}))
+        if record.version:
+            out.print(f"next: raysd generate {record.version} --prompt TEXT --out picture.png")
+    if not outcome.finished:
+        errors.print(f"run {name} stopped at step {record.step} of {record.total}; go on: raysd runs resume {name}")
+        raise typer.Exit(1)
+
+
+def _dry_run(spec: TrainingSpec, name: str, as_json: bool) -> None:
+    from raysd.train.launch import preview
+
+    with Watcher(quiet=as_json) as watch:
+        body = {"run": name, **preview(spec, name, open_storage(), watch)}
+    show(body, as_json, lambda: pairs(flat(body)))
+
+
+def summary(record: Any) -> dict[str, Any]:
+    fields = ("name", "status", "step", "total", "checkpoint", "best_step", "base_loss", "loss", "version", "error")
+    return {field: getattr(record, field) for field in fields}

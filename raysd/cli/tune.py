@@ -1,0 +1,75 @@
+"""`raysd tune`."""
+
+import contextlib
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raysd.cli.output import Json, open_storage, out, show
+from raysd.cli.specs import dotted, recipe_of
+from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
+from raysd.console import Watcher, errors
+from raysd.errors import RequestError
+
+app = typer.Typer()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def tune(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="FILE.toml|status|resume|report", help="A search, or a verb on one.")],
+    name: Annotated[str | None, typer.Option(help="Name of the search; the file's if not given.")] = None,
+    retrain: Annotated[bool, typer.Option("--retrain", help="Train the best again on all pictures.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Where report writes its page.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search: `raysd tune FILE.toml [--any.dotted.path VALUE ...]`, then `raysd tune status|resume|report SEARCH`."""
+    if what in ("status", "resume", "report"):
+        if len(context.args) != 1:
+            raise RequestError(f"raysd tune {what} SEARCH: name one search")
+        _on_search(what, context.args[0], retrain, html, as_json)
+        return
+    spec = load(SearchSpec, read_toml(Path(what)), Path(what).name)
+    changes = dotted(context.args)
+    own = {path: value for path, value in changes.items() if path.split(".")[0] in SearchSpec.model_fields}
+    spec = override(spec, own) if own else spec
+    training = override(recipe_of(spec.recipe), {path: value for path, value in changes.items() if path not in own})
+    _search(spec, training, name or Path(what).stem.lower(), retrain, as_json)
+
+
+def _search(spec: SearchSpec, training: TrainingSpec, name: str, retrain: bool, as_json: bool) -> None:
+    from raysd.tune.search import search
+
+    with Watcher(quiet=as_json) as watch, contextlib.redirect_stdout(sys.stderr):
+        outcome = search(spec, training, name, open_storage(), watch, retrain)
+    _show_search(outcome.record, outcome.trials, as_json)
+    if not outcome.finished:
+        errors.print(f"search {name} was interrupted; go on: raysd tune resume {name}")
+        raise typer.Exit(1)
+
+
+def _on_search(what: str, name: str, retrain: bool, html: Path | None, as_json: bool) -> None:
+    from raysd.tune import records, report
+
+    record = records.read(open_storage(), name)
+    if what == "resume":
+        _search(record.search_spec(), record.training_spec(), name, retrain, as_json)
+        return
+    found = records.trials(records.storage_of(open_storage(), name))
+    if what == "report":
+        to = html or Path(f"{name}.html")
+        report.page(record, found, to)
+        out.print(str(to), soft_wrap=True)
+        return
+    _show_search(record, found, as_json)
+
+
+def _show_search(record: Any, found: list[Any], as_json: bool) -> None:
+    from raysd.tune import records, report
+
+    best = [trial.key for trial in records.front(found, record.search_spec().objective)]
+    body = {**asdict(record), "best": best, "trials": [asdict(trial) for trial in found]}
+    show(body, as_json, lambda: report.table(record, found))

@@ -1,0 +1,91 @@
+"""What the driver sees of its trials: who was stopped, what is spent, and a line for the person who waits."""
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+
+from raysd.config import SearchSpec
+from raysd.config.search import BudgetSpec
+from raysd.storage import Storage
+from raysd.train.launch import Watch
+from raysd.tune import records
+from raysd.tune.space import key_of
+from raysd.tune.trial import OVER, WORST
+
+
+class Unsaved:
+    """Ray Tune pickles all that it is given beside its own state. Neither is ever read here, and this holds locks."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+class Budget(Unsaved, tune.Stopper):
+    """Ends the search when hours, GPU hours or money are used up, over all its attempts."""
+
+    def __init__(self, budget: BudgetSpec, store: Storage, before: float):
+        self.budget, self.store, self.before = budget, store, before
+        self.began = time.monotonic()
+        self.spent: str | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return self.stop_all()
+
+    def stop_all(self) -> bool:
+        if self.spent is None:
+            self.spent = self._exceeded()
+        return self.spent is not None
+
+    def _exceeded(self) -> str | None:
+        budget = self.budget
+        if budget.hours is not None and self.before + time.monotonic() - self.began >= 3600 * budget.hours:
+            return "budget.hours"
+        if budget.gpu_hours is None and budget.money is None:
+            return None
+        found = records.trials(self.store)
+        if budget.gpu_hours is not None and sum(t.seconds * t.gpus for t in found) >= 3600 * budget.gpu_hours:
+            return "budget.gpu_hours"
+        hours = sum(trial.seconds * trial.workers for trial in found) / 3600
+        if budget.money is not None and budget.price is not None and hours * budget.price >= budget.money:
+            return "budget.money"
+        return None
+
+
+class Progress(Unsaved, Callback):
+    """Notes what was stopped, tells the watcher, and lets SIGTERM end a search as Ctrl-C does."""
+
+    def __init__(self, spec: SearchSpec, budget: Budget, watch: Watch, stopped: set[str], lost: threading.Event):
+        self.spec, self.budget, self.watch, self.stopped, self.lost = spec, budget, watch, stopped, lost
+        self.done = 0
+
+    def setup(self, **info: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: end_search())
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.lost.is_set():
+            end_search()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result = trial.last_result or {}
+        self.done += 1
+        if not result.get(OVER) and self.budget.spent is None:
+            self.stopped.add(key_of(trial.config))
+        shown = "  ".join(f"{path} {value}" for path, value in trial.config.items())
+        best = result.get(self.spec.objective[0])
+        value = "failed" if best is None or best >= WORST else f"{self.spec.objective[0]} {best:.4f}"
+        self.watch({"kind": "trial", "text": f"trial {self.done}/{self.spec.trials}: {value}  {shown}"})
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.done += 1
+        self.watch({"kind": "trial", "text": f"trial {self.done}/{self.spec.trials}: its process died too often"})
+
+
+def end_search() -> None:
+    """As Ctrl-C: Ray Tune takes this signal for one in every state, stops the trials and returns."""
+    os.kill(os.getpid(), signal.SIGUSR1)

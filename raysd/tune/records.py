@@ -1,0 +1,137 @@
+"""What a search has tried: one JSON file a trial, under `searches/<name>/`."""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from raysd.config import SearchSpec, TrainingSpec, load
+from raysd.errors import NotFound, RequestError
+from raysd.lease import holder
+from raysd.storage import Storage
+from raysd.train.runs import NAME
+
+Status = Literal["running", "interrupted", "finished", "stopped", "failed"]
+"""Of a trial: `stopped` by the scheduler or the budget, `interrupted` with the search."""
+SEARCH = "search.json"
+PLAN = "plan"
+LEASE = "lease.json"
+WHOLE = ("finished", "stopped", "failed")
+"""What is never run again."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One setting and what came of it. `reports` hold step, epoch, validation_loss and seconds of training so far."""
+
+    key: str
+    values: dict[str, Any]
+    run: str
+    status: Status = "running"
+    reason: str | None = None
+    reports: tuple[dict[str, float], ...] = ()
+    started: float = field(default_factory=time.time)
+    seconds: float = 0.0  # of the clock, from the start of the trial to its end, over all attempts
+    workers: int = 1
+    gpus: int = 0  # of all its workers together
+
+    def best(self, metric: str) -> float | None:
+        """The lowest value reported; of seconds the last."""
+        values = [report[metric] for report in self.reports if metric in report]
+        if not values:
+            return None
+        return values[-1] if metric == "seconds" else min(values)
+
+    @property
+    def epochs(self) -> float:
+        return self.reports[-1]["epoch"] if self.reports else 0.0
+
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """One search. `status` as written may say running of a process that died: `read` says what is true now."""
+
+    name: str
+    spec: dict[str, Any]
+    training: dict[str, Any]
+    status: Literal["running", "interrupted", "finished"] = "running"
+    ended_by: str | None = None
+    created: float = field(default_factory=time.time)
+    seconds: float = 0.0
+    nodes: tuple[tuple[float, int], ...] = ()  # (seconds since the start, nodes alive), where the number changed
+    versions: tuple[str, ...] = ()
+
+    def search_spec(self) -> SearchSpec:
+        return load(SearchSpec, self.spec, self.name)
+
+    def training_spec(self) -> TrainingSpec:
+        return load(TrainingSpec, self.training, self.name)
+
+
+def storage_of(root: Storage, name: str) -> Storage:
+    """The search's own folder. Raises RequestError for a name that cannot be one."""
+    if not NAME.fullmatch(name) or len(name) > 48:
+        raise RequestError(f"search name {name!r}: use a-z, 0-9, '.', '_' and '-', 48 characters at most")
+    return root.child(f"searches/{name}")
+
+
+def read(root: Storage, name: str) -> SearchRecord:
+    """The record as it is true now. Raises NotFound."""
+    store = storage_of(root, name)
+    try:
+        body = json.loads(store.read(SEARCH))
+    except NotFound:
+        raise NotFound(f"search {name}: not in {root.url}") from None
+    body["nodes"] = tuple((float(when), int(count)) for when, count in body["nodes"])
+    record = SearchRecord(**{**body, "versions": tuple(body["versions"])})
+    if record.status == "running":
+        alive = holder(store, LEASE)
+        if alive is None or not alive.alive:
+            record = replace(record, status="interrupted")
+    return record
+
+
+def write(store: Storage, record: SearchRecord) -> SearchRecord:
+    store.write(SEARCH, json.dumps(asdict(record), indent=1).encode())
+    return record
+
+
+def trials(store: Storage) -> list[TrialRecord]:
+    """All trials, in the order they began."""
+    found = [_trial(store.read(entry.path)) for entry in store.list("trials") if entry.path.endswith(".json")]
+    return sorted(found, key=lambda trial: (trial.started, trial.key))
+
+
+def read_trial(store: Storage, key: str) -> TrialRecord | None:
+    try:
+        return _trial(store.read(f"trials/{key}.json"))
+    except NotFound:
+        return None
+
+
+def write_trial(store: Storage, trial: TrialRecord) -> TrialRecord:
+    store.write(f"trials/{trial.key}.json", json.dumps(asdict(trial)).encode())
+    return trial
+
+
+def ranked(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[TrialRecord]:
+    """Trials that reported all of the objective, the best first; of several metrics the first one ranks."""
+    scored = [trial for trial in found if all(trial.best(metric) is not None for metric in objective)]
+    return sorted(scored, key=lambda trial: [trial.best(metric) for metric in objective])
+
+
+def front(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[TrialRecord]:
+    """The finished trials that no other finished one beats: as good in every metric and better in one (Pareto)."""
+    whole = ranked([trial for trial in found if trial.status == "finished"], objective)
+    points = [[float(trial.best(metric) or 0.0) for metric in objective] for trial in whole]
+
+    def beaten(mine: list[float]) -> bool:
+        return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in points)
+
+    return [trial for trial, point in zip(whole, points, strict=True) if not beaten(point)]
+
+
+def _trial(body: bytes) -> TrialRecord:
+    values = json.loads(body)
+    return TrialRecord(**{**values, "reports": tuple(values["reports"])})

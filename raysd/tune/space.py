@@ -1,0 +1,82 @@
+"""A search space in the words of Ray Tune and Optuna, and what is wrong with one, before anything starts."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from raysd.config import SearchSpec, TrainingSpec, describe, override
+from raysd.config.search import Choice, Integer, LogUniform, Uniform
+from raysd.errors import RequestError, SpecError
+
+CHANGES_LOSS = ("base", "seed", "data.source", "data.prompt", "data.resolution", "data.validation", "loss.prediction")
+"""What changes the held-out pictures or the meaning of their loss: values of it could not be compared."""
+
+
+def key_of(values: Mapping[str, Any]) -> str:
+    """A name for one setting: the same values are the same trial. 10 characters."""
+    return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def ray_space(spec: SearchSpec) -> dict[str, Any]:
+    """For Ray Tune's own random and grid search."""
+    from ray import tune
+
+    grid = spec.searcher.kind == "grid"
+
+    def domain(found: Any) -> Any:
+        if isinstance(found, Choice):
+            return tune.grid_search(list(found.values)) if grid else tune.choice(list(found.values))
+        if isinstance(found, Integer):
+            return tune.randint(found.low, found.high + 1)
+        return (tune.loguniform if isinstance(found, LogUniform) else tune.uniform)(found.low, found.high)
+
+    return {path: domain(found) for path, found in spec.space.items()}
+
+
+def optuna_space(spec: SearchSpec) -> dict[str, Any]:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    def domain(found: Any) -> Any:
+        if isinstance(found, Choice):
+            return CategoricalDistribution(list(found.values))
+        if isinstance(found, Integer):
+            return IntDistribution(found.low, found.high)
+        return FloatDistribution(found.low, found.high, log=isinstance(found, LogUniform))
+
+    return {path: domain(found) for path, found in spec.space.items()}
+
+
+def check_space(spec: SearchSpec, training: TrainingSpec) -> None:
+    """Every path is known and every extreme value valid. Raises SpecError that names the path."""
+    known = {row.path: row for row in describe(TrainingSpec)}
+    for path, found in spec.space.items():
+        if path not in known:
+            close = _nearest(path, list(known))
+            raise SpecError(f"space.{path}: unknown path{close}")
+        for value in found.extremes:
+            if isinstance(found, Uniform | LogUniform) and "number" not in known[path].kind.split(" | "):
+                raise SpecError(f"space.{path}: takes {known[path].kind}; use kind integer or choice")
+            try:
+                override(training, {path: value})
+            except SpecError as error:
+                raise SpecError(f"space.{path}: {value!r} does not do: {str(error).splitlines()[0]}") from None
+    for path in spec.space:
+        if "validation_loss" in spec.objective and path in CHANGES_LOSS:
+            raise SpecError(
+                f"space.{path}: it changes what validation_loss measures, so that values cannot be compared"
+            )
+
+
+def check_choices(spec: SearchSpec) -> None:
+    """Optuna takes choices of plain values alone. Raises RequestError."""
+    for path, found in spec.space.items():
+        if isinstance(found, Choice) and not all(isinstance(v, str | int | float | bool | None) for v in found.values):
+            raise RequestError(f"space.{path}: optuna takes plain values; use searcher.kind random or grid for lists")
+
+
+def _nearest(path: str, known: list[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "; known paths: raysd train RECIPE --help"

@@ -1,0 +1,131 @@
+"""Searches with real trials: each a Ray Train run with DeepSpeed, on a shared cluster."""
+
+import json
+
+import pytest
+
+from raysd.storage import Storage
+from raysd.tune import records
+from tests.base import toml
+from tests.cluster import json_of, raysd, start
+from tests.integration.test_survive import train_workers, wait_until
+
+
+@pytest.fixture
+def recipe(tiny_base, tiny_pictures, tmp_path):
+    changes = {"data__validation": 0.3, "optim__clip": None, "scale__cpus": 1, "checkpoint__every": 4}
+    return toml(tmp_path, tiny_base, tiny_pictures, **changes)
+
+
+def search_file(folder, recipe, space, **tables):
+    file = folder / "search.toml"
+    rest = {"scheduler": {"kind": "none", "every": 2}, **tables}
+    text = f'recipe = "{recipe}"\n[space]\n'
+    text += "".join(f'"{path}" = {_inline(value)}\n' for path, value in space.items())
+    for name, table in rest.items():
+        text += f"[{name}]\n" + "".join(f'"{key}" = {json.dumps(value)}\n' for key, value in table.items())
+    file.write_text(text)
+    return file
+
+
+def _inline(table):
+    return "{ " + ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items()) + " }"
+
+
+def nothing_is_held():
+    """No CPU taken and no placement group left on the cluster."""
+    import ray
+    from ray.util import placement_group_table
+
+    left = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+    return not left and ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"]
+
+
+def test_a_grid_publishes_its_best_and_a_failed_trial_says_why(recipe, ray_address, tmp_path):
+    """A learning rate that ends in NaN is a finished trial with a reason, and harms no other."""
+    space = {"optim.lr": {"kind": "choice", "values": [1e-3, 1e30]}}
+    file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={"price": 2.0})
+    done = raysd("tune", str(file), "--name", "grid", "--json", storage=tmp_path / "store", address=ray_address)
+    body = json_of(done)
+    found = {trial["values"]["optim.lr"]: trial for trial in body["trials"]}
+    assert (body["status"], body["ended_by"]) == ("finished", "trials")
+    assert found[1e-3]["status"] == "finished"
+    assert found[1e30]["status"] == "failed"
+    assert "lower optim.lr" in found[1e30]["reason"]
+    assert body["best"] == [found[1e-3]["key"]]
+    assert body["versions"] == ["cats@1"]
+    record = json_of(raysd("models", "show", "cats@1", "--json", storage=tmp_path / "store"))["record"]
+    assert record["run"]["name"] == found[1e-3]["run"]
+    assert record["spec"]["optim"]["lr"] == 1e-3
+    reports = found[1e-3]["reports"]
+    assert record["metrics"]["validation_loss"] == min(report["validation_loss"] for report in reports)
+    page = tmp_path / "page.html"
+    assert raysd("tune", "report", "grid", "--html", str(page), storage=tmp_path / "store").returncode == 0
+    assert found[1e-3]["run"] in page.read_text()
+    wait_until(nothing_is_held, seconds=30)
+
+
+def test_a_search_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_again(recipe, ray_address, tmp_path):
+    store = tmp_path / "store"
+    space = {"optim.lr": {"kind": "choice", "values": [1e-4, 3e-3, 1e-2]}}
+    file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={})
+    words = ["--name", "killed", "--concurrent", "1", "--optim.steps", "12"]
+    process = start("tune", str(file), *words, storage=store, address=ray_address)
+    folder = records.storage_of(Storage(str(store)), "killed")
+
+    def one_done_and_one_begun():
+        found = records.trials(folder)
+        return [t for t in found if t.status == "finished"] and any(t.status == "running" and t.reports for t in found)
+
+    wait_until(one_done_and_one_begun, process, seconds=600)
+    process.kill()
+    process.wait()
+    before = {trial.key: trial for trial in records.trials(folder)}
+    assert json_of(raysd("tune", "status", "killed", "--json", storage=store))["status"] == "interrupted"
+    process = start("tune", "resume", "killed", "--json", storage=store, address=ray_address)
+
+    def goes_on():
+        return any(
+            t.status == "running" and len(t.reports) > len(before[t.key].reports)
+            for t in records.trials(folder)
+            if t.key in before
+        )
+
+    wait_until(goes_on, process, seconds=600)
+    killed = train_workers()
+    killed[-1].kill()
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    body = json.loads(out)
+    assert [trial["status"] for trial in body["trials"]] == ["finished"] * 3
+    assert len({trial["run"] for trial in body["trials"]}) == 3
+    after = {trial.key: trial for trial in records.trials(folder)}
+    for key, trial in before.items():
+        if trial.status == "finished":
+            assert after[key] == trial, "a finished trial was run again"
+        else:
+            assert after[key].reports[: len(trial.reports)] == trial.reports
+            steps = [report["step"] for report in after[key].reports]
+            assert steps == sorted(set(steps)), "a validation was reported twice"
+    wait_until(nothing_is_held, seconds=30)
+
+
+def test_ending_a_search_holds_nothing_and_what_the_scheduler_stopped_stays_stopped(recipe, ray_address, tmp_path):
+    store = tmp_path / "store"
+    space = {"optim.lr": {"kind": "choice", "values": [1e-2, 1e-6, 2e-6]}}
+    scheduler = {"kind": "asha", "every": 2, "grace": 2, "reduction": 3}
+    file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, scheduler=scheduler, budget={})
+    words = ["--name", "asha", "--concurrent", "1", "--optim.steps", "40"]
+    process = start("tune", str(file), *words, storage=store, address=ray_address)
+    folder = records.storage_of(Storage(str(store)), "asha")
+    wait_until(lambda: len(records.trials(folder)) == 2 and records.trials(folder)[1].reports, process, seconds=600)
+    process.terminate()
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "go on: raysd tune resume asha" in err
+    wait_until(nothing_is_held, seconds=60)
+    body = json_of(raysd("tune", "resume", "asha", "--json", storage=store, address=ray_address))
+    states = {trial["values"]["optim.lr"]: trial["status"] for trial in body["trials"]}
+    assert states == {1e-2: "finished", 1e-6: "stopped", 2e-6: "stopped"}
+    epochs = {trial["values"]["optim.lr"]: trial["reports"][-1]["epoch"] for trial in body["trials"]}
+    assert max(epochs[1e-6], epochs[2e-6]) < epochs[1e-2]

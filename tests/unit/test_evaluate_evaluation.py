@@ -1,0 +1,176 @@
+"""A whole evaluation in this process: what it says of two models, what it keeps, and its report."""
+
+import io
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from raysd.config import EvaluationSpec
+from raysd.errors import DataError, NotFound, RequestError, SpecError
+from raysd.evaluate.evaluation import evaluate, spec_of
+from raysd.evaluate.kept import of_version
+from raysd.evaluate.report import page, table
+from raysd.references import identity, locate
+from raysd.registry import Registry
+from raysd.storage import Storage
+
+MARKUP = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+def damaged(tiny_base, tmp_path_factory):
+    """The base with noise in the weights that draw."""
+    folder = tmp_path_factory.mktemp("damaged") / "model"
+    shutil.copytree(tiny_base, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.manual_seed(0)
+    save_file({name: t + 0.1 * torch.randn_like(t) for name, t in load_file(weights).items()}, weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return Storage(str(tmp_path_factory.mktemp("store")))
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(f"a red circle\na blue star {MARKUP}\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(tiny_base, damaged, tiny_pictures, storage, prompts, seen):
+    given = {"prompts": prompts, "count": 6, "steps": 2, "workers": 0, "timesteps": 1, "inception": None}
+    spec = spec_of(str(tiny_base), str(tiny_pictures), given, storage)
+    assert spec.data.resolution == 64, "the model's own"
+    return evaluate(str(tiny_base), str(damaged), spec, storage, seen.append)
+
+
+def test_both_models_get_every_score_with_its_n(found):
+    names = ["clip_score", "inception_score", "diversity", "fid", "kid", "precision", "recall"]
+    for judged in (found.model, found.against):
+        assert [score.name for score in judged.scores] == [*names, "subject_fidelity", "nearest_training"]
+        by_name = {score.name: score for score in judged.scores}
+        assert by_name["fid"].n == 5, "half of ten pictures"
+        assert by_name["fid"].null is not None
+        assert judged.losses.validation.n == 1
+        assert judged.losses.train.n == 9
+        assert len(judged.losses.bands) == 4
+        assert len(judged.nearest) == 6
+    assert (found.features, found.matcher) == ("bundled judge tiny-clip",) * 2
+    assert [score.name for score in found.differences] == ["clip_score", "validation_loss"]
+    assert any("bundled judge" in line for line in found.warnings)
+    assert found.data["train"] == 9
+
+
+def test_it_says_what_happens(found, seen):
+    counts = {event["text"] for event in seen if event["kind"] == "count"}
+    assert {"check pictures", "features of the data"} <= counts
+    assert any(text.startswith("draw with") for text in counts)
+    assert {event["kind"] for event in seen} == {"phase", "data", "count"}
+
+
+def test_a_second_call_gives_the_same_numbers_and_draws_nothing(
+    found, tiny_base, damaged, tiny_pictures, storage, monkeypatch
+):
+    monkeypatch.setattr("raysd.evaluate.pictures._here", lambda *_: pytest.fail("draws again"))
+    again = evaluate(str(tiny_base), str(damaged), EvaluationSpec(**found.spec), storage, lambda event: None)
+    assert again.key == found.key
+    assert again.to_json()["model"] == found.to_json()["model"]
+
+
+def test_the_result_is_kept_as_json_without_infinities(found, storage):
+    body = json.loads(
+        storage.read(f"{found.model.album}/{found.key}.json"), parse_constant=lambda name: pytest.fail(name)
+    )
+    assert body | {"created": ""} == json.loads(json.dumps(found.to_json())) | {"created": ""}
+    assert body["model"]["losses"]["validation"]["low"] is None, "one held-out picture has no interval"
+
+
+def test_without_data_it_says_what_is_left_out(tiny_base, storage, prompts):
+    spec = EvaluationSpec(count=4, steps=1, workers=0, prompts=prompts)
+    found = evaluate(str(tiny_base), None, spec, storage, lambda event: None)
+    assert [score.name for score in found.model.scores] == ["clip_score", "inception_score", "diversity"]
+    assert (found.against, found.data, found.model.losses, found.differences) == (None, None, None, ())
+    assert any("--data" in line for line in found.warnings)
+    console = Console(file=io.StringIO(), width=140)
+    console.print(table(found))
+    assert "clip_score" in console.file.getvalue()
+
+
+def test_a_wrong_request_is_refused_before_anything_is_drawn(tiny_base, tmp_path):
+    storage = Storage(str(tmp_path / "fresh"))
+    plain = EvaluationSpec(count=4, workers=0)
+
+    def refuse(kind, match, ref=str(tiny_base), against=None, **fields):
+        with pytest.raises(kind, match=match):
+            evaluate(ref, against, plain.model_copy(update=fields), storage, lambda event: None)
+
+    refuse(RequestError, "the same model", against=str(tiny_base))
+    refuse(NotFound, "absent.txt: no such file", prompts="absent.txt")
+    refuse(NotFound, "nowhere: no such folder", against="./nowhere")
+    refuse(NotFound, "clip nowhere", clip="nowhere")
+    refuse(NotFound, "inception nowhere", inception="nowhere.safetensors")
+    with pytest.raises(DataError, match="no such folder or zip"):
+        evaluate(str(tiny_base), None, spec_of(str(tiny_base), "./nowhere", {}, storage), storage, lambda event: None)
+    with pytest.raises(SpecError, match="count"):
+        spec_of(str(tiny_base), None, {"count": 1}, storage)
+    assert not storage.list("evaluations")
+
+
+def test_a_version_is_read_as_it_was_trained_and_keeps_its_evaluations(tiny_base, tmp_path, prompts, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    storage = Storage(str(tmp_path / "store"))
+    files = {
+        p.relative_to(tiny_base).as_posix(): p for p in tiny_base.rglob("*") if p.suffix in (".json", ".safetensors")
+    }
+    files |= {p.relative_to(tiny_base).as_posix(): p for p in tiny_base.rglob("*.txt")}
+    data = {"source": "old", "prompt": "a zorb", "resolution": 72, "validation": 0.3}
+    record = {"base": str(tiny_base), "base_digest": identity(tiny_base), "spec": {"data": data}}
+    version = Registry(storage).publish("cats", files, record, key="one")
+    spec = spec_of("cats@1", "new", {}, storage)
+    assert spec.data.model_dump(include={"source", "prompt", "resolution", "validation"}) == {**data, "source": "new"}
+    assert of_version(version, storage) == []
+    spec = EvaluationSpec(count=2, steps=1, workers=0, prompts=prompts)
+    found = evaluate("cats", None, spec, storage, lambda event: None)
+    [row] = of_version(version, storage)
+    assert found.model.ref == "cats@1"
+    assert (row["pictures"], row["against"], row["matcher"]) == (2, None, "bundled judge tiny-clip")
+    assert row["scores"]["clip_score"] == found.model.scores[0].value
+    assert locate("cats", storage).version.digest[:32] == found.model.digest
+
+
+def test_the_page_opens_from_disk_and_holds_no_foreign_markup(found, storage, tmp_path):
+    page(found, storage, tmp_path / "out" / "page.html")
+    html = (tmp_path / "out" / "page.html").read_text("utf-8")
+    assert MARKUP not in html
+    assert "<script" not in html
+    assert "onerror=alert(1)&gt;" in html
+    assert "default-src 'none'; img-src data:" in html
+    urls = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert not [url for url in urls if not url.startswith(("data:image/png;base64,", "#"))]
+    assert html.count("<svg") == 1 + 3 + 9, "bands, losses and every score"
+    assert html.count("<img") == 2 * 2 + 2 * 6, "before and after of two prompts, six nearest pairs"
+    assert "&#34;steps&#34;: 2" in html, "the spec"
+    for value in ("bundled judge tiny-clip", "equal sets: ", found.model.ref, found.against.ref):
+        assert value in html
+
+
+def test_the_table_shows_intervals_and_escapes_foreign_text(found):
+    console = Console(file=io.StringIO(), width=220, force_terminal=True)
+    console.print(table(found))
+    shown = console.file.getvalue()
+    for word in ("validation_loss", "training_loss", "overfitting_gap", "fid", "equal sets", "paired"):
+        assert word in shown

@@ -1,0 +1,186 @@
+"""Search specs, spaces, records and reports: what can be said without running a trial."""
+
+import json
+
+import pytest
+
+from raysd.config import SearchSpec, load, override, read_toml
+from raysd.errors import NotFound, RaysdError, RequestError, SpecError
+from raysd.storage import Storage
+from raysd.tune import records, report
+from raysd.tune.records import SearchRecord, TrialRecord
+from raysd.tune.space import check_choices, check_space, key_of
+from tests.cluster import raysd
+
+LR = {"kind": "loguniform", "low": 1e-4, "high": 1e-2}
+
+
+def spec_of(**changes):
+    return load(SearchSpec, {"recipe": "lora-demo", "space": {"optim.lr": LR}, "budget": {"trials": 3}, **changes})
+
+
+@pytest.fixture(scope="module")
+def training():
+    from raysd.cli.specs import recipe_of
+
+    return recipe_of("lora-demo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {}}, "space"),
+        ({"space": {"optim.lr": {**LR, "low": 0.0}}}, "a log-uniform range lies above 0"),
+        ({"space": {"optim.lr": {**LR, "low": 1.0}}}, "low 1.0 is not below high 0.01"),
+        ({"space": {"optim.lr": {"kind": "normal"}}}, "space.optim.lr"),
+        ({"objective": "fame"}, "objective"),
+        ({"budget": {"trials": 0}}, "budget.trials"),
+        ({"budget": {}}, "budget.trials: required"),
+        ({"budget": {"trials": 3, "money": 5.0}}, "money needs price"),
+        ({"searcher": {"kind": "grid"}}, "a grid is made of choices"),
+        ({"objective": ["validation_loss", "seconds"]}, "with several objectives"),
+        (
+            {"searcher": {"kind": "grid"}, "space": {"method.rank": {"kind": "choice", "values": [1, 2, 4, 8]}}},
+            "the grid has 4",
+        ),
+    ],
+)
+def test_a_malformed_search_is_named(changes, message):
+    with pytest.raises(SpecError, match=message) as raised:
+        spec_of(**changes)
+    assert len(str(raised.value).splitlines()) <= 3
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"optim.lrr": LR}, "space.optim.lrr: unknown path; did you mean optim.lr?"),
+        ({"method.rank": {"kind": "choice", "values": [4, 0]}}, "space.method.rank: 0 does not do"),
+        ({"optim.batch_size": {"kind": "integer", "low": 1, "high": 4}}, "at least one picture"),
+        ({"optim.steps": {"kind": "uniform", "low": 10, "high": 20}}, "use kind integer or choice"),
+        ({"loss.prediction": {"kind": "choice", "values": ["base"]}}, "values cannot be compared"),
+        ({"data.source": {"kind": "choice", "values": ["sample"]}}, "values cannot be compared"),
+    ],
+)
+def test_a_space_that_the_training_does_not_have_is_named(training, space, message):
+    with pytest.raises(SpecError) as raised:
+        check_space(spec_of(space=space), training)
+    assert message in str(raised.value)
+
+
+def test_optuna_takes_no_lists():
+    with pytest.raises(RequestError, match=r"space\.optim\.betas: optuna takes plain values"):
+        check_choices(spec_of(space={"optim.betas": {"kind": "choice", "values": [[0.9, 0.99], [0.9, 0.999]]}}))
+
+
+@pytest.mark.parametrize("file", ["lora.toml"])
+def test_the_searches_that_ship_fit_their_recipes(file):
+    from pathlib import Path
+
+    from raysd.cli.specs import recipe_of
+
+    spec = load(SearchSpec, read_toml(Path(__file__).parents[2] / "tune" / file), file)
+    check_space(spec, override(recipe_of(spec.recipe), spec.training))
+
+
+def test_a_wrong_search_ends_before_anything_is_written(tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text(
+        'recipe = "lora-demo"\nbudget = { trials = 2 }\n[space]\n"optim.lrr" = {kind="choice", values=[1]}\n'
+    )
+    done = raysd("tune", str(file), storage=tmp_path / "store")
+    assert done.returncode == 2
+    assert "did you mean optim.lr?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "store").exists()
+    assert raysd("tune", "status", "nosuch", storage=tmp_path / "store").returncode == 2
+
+
+def trial(number, losses, status="finished", **changes):
+    reports = tuple(
+        {"step": 2 * n, "epoch": float(n), "validation_loss": loss, "seconds": 3.0 * n}
+        for n, loss in enumerate(losses, 1)
+    )
+    values = {"optim.lr": 10 ** (-2 - number / 3), "method.rank": 4 * number}
+    return TrialRecord(
+        key_of(values), values, f"s-{number}", status, reports=reports, started=number, seconds=60, **changes
+    )
+
+
+TRIALS = [
+    trial(1, [0.5, 0.3, 0.4]),
+    trial(2, [0.5, 0.2]),
+    trial(3, [0.9], "stopped", reason="worse than others by then"),
+    trial(4, [], "failed", reason="out of memory <b>&"),
+    trial(5, [0.25, 0.25, 0.21]),
+]
+SPEC = {
+    "recipe": "lora-demo",
+    "space": {"optim.lr": LR, "method.rank": {"kind": "choice", "values": [4, 8, 12, 16, 20]}},
+}
+
+
+def test_trials_are_ranked_by_the_best_they_reported():
+    assert [found.run for found in records.ranked(TRIALS, ["validation_loss"])] == ["s-2", "s-5", "s-1", "s-3"]
+    assert [found.run for found in records.front(TRIALS, ["validation_loss"])] == ["s-2"]
+
+
+def test_the_front_holds_what_nothing_beats():
+    """In loss and seconds: (0.3, 9), (0.2, 6), (0.21, 9), (0.6, 3)."""
+    fast = trial(6, [0.6])
+    assert {found.run for found in records.front([*TRIALS, fast], ["validation_loss", "seconds"])} == {"s-2", "s-6"}
+
+
+def test_records_survive_being_written(tmp_path, training):
+    store = records.storage_of(Storage(str(tmp_path)), "s")
+    for found in TRIALS:
+        records.write_trial(store, found)
+    assert records.trials(store) == TRIALS
+    assert records.read_trial(store, "nosuch") is None
+    record = SearchRecord("s", spec_of().model_dump(mode="json"), training.model_dump(mode="json"), nodes=((0.0, 1),))
+    records.write(store, record)
+    assert records.read(Storage(str(tmp_path)), "s").status == "interrupted", "nobody holds it"
+    assert records.read(Storage(str(tmp_path)), "s").search_spec() == spec_of()
+    with pytest.raises(NotFound):
+        records.read(Storage(str(tmp_path)), "other")
+    with pytest.raises(RaysdError, match="search name"):
+        records.read(Storage(str(tmp_path)), "../up")
+
+
+def test_the_same_values_are_the_same_trial():
+    assert key_of({"a": 1, "b": 2.0}) == key_of({"b": 2.0, "a": 1})
+    assert key_of({"a": 1}) != key_of({"a": 2})
+
+
+def test_the_report_counts_and_escapes(tmp_path, training):
+    spec = load(SearchSpec, {**SPEC, "budget": {"trials": 5, "price": 3.0}})
+    record = SearchRecord(
+        "s", spec.model_dump(mode="json"), training.model_dump(mode="json"), "finished", nodes=((0.0, 1), (4.0, 3))
+    )
+    spent = report.cost(record, TRIALS)
+    assert spent.trials == {"finished": 3, "stopped": 1, "failed": 1}
+    assert spent.epochs == 3 + 2 + 1 + 3
+    assert spent.saved == 3 - 1
+    assert spent.worker_hours == pytest.approx(5 / 60)
+    assert spent.money == pytest.approx(5 / 60 * 3.0)
+    report.page(record, TRIALS, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "out of memory &lt;b&gt;&amp;" in page
+    assert page.count("<svg") == 1 + 2 + 1 + 1 + 1, "curves, two parameters, parallel, importances, nodes"
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+
+
+def test_importances_find_the_parameter_that_matters(training):
+    spec = load(SearchSpec, {**SPEC, "budget": {"trials": 40}})
+    found = []
+    for n in range(40):
+        values = {"optim.lr": 1e-4 * 1.12**n, "method.rank": [4, 8, 12, 16, 20][n * 7 % 5]}
+        reports = ({"step": 1, "epoch": 1.0, "validation_loss": (n - 20) ** 2 + 0.1, "seconds": 1.0},)
+        found.append(TrialRecord(key_of(values), values, f"s-{n}", "finished", reports=reports))
+    weights = report.importances(spec, found)
+    assert weights["optim.lr"] > 0.8
+    assert sum(weights.values()) == pytest.approx(1)
+    assert json.dumps(weights)
