@@ -1,5 +1,6 @@
 """Keeps what libraries have to say out of a user's way: their logs and bars, but not their errors."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -25,6 +26,8 @@ def quiet_libraries() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
+    # It warns of kernels that it would download, whether or not a run uses it: transformers imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextmanager
