@@ -13,7 +13,7 @@ from raysd.quiet import quiet_libraries
 
 quiet_libraries()
 
-from benchmarks import asha, cache, gpu, memory, page, peer, results, step, workers  # noqa: E402
+from benchmarks import asha, cache, damage, evaluation, gpu, memory, page, peer, results, step, workers  # noqa: E402
 from benchmarks.options import Options, Skipped  # noqa: E402
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -22,6 +22,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "peer": peer,
     "cache": cache,
     "memory": memory,
+    "evaluation": evaluation,
+    "damage": damage,
     "asha": asha,
     "gpu": gpu,
 }

@@ -33,6 +33,7 @@ def join(most_workers: int) -> None:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
             cpus = max(os.cpu_count() or 1, most_workers)
             ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -42,17 +43,25 @@ def join(most_workers: int) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def allot(scale: ScaleSpec) -> Allotment:
-    """Resources of a worker on the cluster as it is. Raises RequestError naming the field that asks for too much."""
+def capacity() -> dict[str, float]:
+    """What the cluster may have when it has grown as far as its autoscaler lets it; what it has, where it cannot grow."""
     import ray
+    from ray._private.state import state  # as Ray Train asks: there is no public way
 
-    resources = ray.cluster_resources()
+    have: dict[str, float] = ray.cluster_resources()
+    most: dict[str, float] = state.get_max_resources_from_cluster_config() or {}
+    return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
+
+
+def allot(scale: ScaleSpec) -> Allotment:
+    """Resources of a worker. Raises RequestError naming the field that asks for more than the cluster may ever have."""
+    resources = capacity()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     fewest = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
     use_gpu = gpus >= fewest if scale.gpus is None else scale.gpus
     if use_gpu and gpus < fewest:
-        raise RequestError(f"scale.workers {fewest} with a GPU each: this cluster has {gpus} GPUs")
+        raise RequestError(f"scale.workers {fewest} with a GPU each: this cluster has {gpus} GPUs at most")
     each = scale.cpus or (1 if use_gpu else max(1, cpus // scale.most_workers))
     if each * fewest > cpus:
-        raise RequestError(f"scale.workers {fewest} with {each} CPUs each: this cluster has {cpus} CPUs")
+        raise RequestError(f"scale.workers {fewest} with {each} CPUs each: this cluster has {cpus} CPUs at most")
     return Allotment(each, int(use_gpu))

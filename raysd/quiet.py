@@ -1,5 +1,6 @@
-"""Keeps what libraries have to say out of a user's way: their logs and bars, but not their errors."""
+"""Keeps libraries out of a user's way: their logs and bars, though not their errors, and the time that importing them takes."""
 
+import gc
 import logging
 import os
 import sys
@@ -28,6 +29,14 @@ def quiet_libraries() -> None:
     warnings.simplefilter("ignore")
     # It warns of kernels that it would download, whether or not a run uses it: transformers imports it.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def patient_collector() -> None:
+    """Let Python look for circular garbage rarely: while torch and diffusers are imported, a third of the time goes there.
+
+    What they make stays, and is looked at again and again. Tensors are freed by their count, at once, as ever.
+    """
+    gc.set_threshold(100_000, 20, 50)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 def ray_address() -> Iterator[str]:
     """The address of a cluster with more CPUs than cores: tests ask for workers, not for speed."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process less for each run
     import ray
 
     ray.init(

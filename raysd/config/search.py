@@ -6,9 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from raysd.config.base import Spec
+from raysd.config.evaluation import EvaluationSpec
 from raysd.config.training import NonNegative
 
-Metric = Literal["validation_loss", "seconds"]
+Metric = Literal["validation_loss", "kid", "clip_score", "seconds"]
+SCORES = ("kid", "clip_score")
+"""Of pictures that a trial draws when its training is over."""
+HIGHER = ("clip_score",)
+"""Better where it is higher; of all others the lowest is best."""
 
 
 class Choice(Spec):
@@ -128,7 +133,9 @@ class SearchSpec(Spec):
     space: Annotated[dict[str, Distribution], Field(min_length=1)]
     """Dotted paths of the training spec that vary, with their distributions."""
     objective: Annotated[tuple[Metric, ...], Field(min_length=1)] = ("validation_loss",)
-    """What is minimised; several: the trials that no other beats in all of them."""
+    """What is best; several: the trials that no other beats in all of them. The scheduler goes by validation_loss."""
+    evaluation: EvaluationSpec = EvaluationSpec(count=64)
+    """For kid and clip_score: what each trial draws, and who judges it."""
     searcher: SearcherSpec = SearcherSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
     budget: BudgetSpec
@@ -149,6 +156,8 @@ class SearchSpec(Spec):
             raise ValueError(f"budget.trials: the grid has {self.trials}; leave it out, or use searcher.kind random")
         if self.searcher.kind != "grid" and self.budget.trials is None:
             raise ValueError("budget.trials: required, unless searcher.kind is grid")
+        if self.evaluation.data is not None:
+            raise ValueError("evaluation.data: leave it out; trials are compared with the recipe's own data")
         if len(self.objective) > 1 and self.scheduler.kind != "none":
             raise ValueError("scheduler.kind: with several objectives no trial is plainly worse; use none")
         return self

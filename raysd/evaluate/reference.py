@@ -49,7 +49,7 @@ def resolution(folder: Path) -> int:
 
 def features_of(examples: Sequence[Example], side: int, extractor: Extractor, progress: Progress) -> Features:
     """Features of the examples' plain crops. Raises DataError for one that cannot be read."""
-    pictures = (_crop(read_picture(example.path), side) for example in examples)
+    pictures = (plain_crop(read_picture(example.path), side) for example in examples)
     return extract(pictures, len(examples), extractor, progress)
 
 
@@ -70,6 +70,6 @@ def loss_pictures(examples: Sequence[Example], side: int, most: int) -> Pictures
     return [(apply(read_picture(example.path), Variant(), side), example.caption) for example in examples[:most]]
 
 
-def _crop(picture: Image.Image, side: int) -> Image.Image:
+def plain_crop(picture: Image.Image, side: int) -> Image.Image:
     """The largest centred square, as the plain variant."""
     return picture.resize((side, side), Image.Resampling.LANCZOS, box=Variant().box(*picture.size))

@@ -27,6 +27,10 @@ class Family(Protocol):
     lora_targets: tuple[str, ...]
     """Modules of the denoiser that get an adapter by default."""
 
+    def import_libraries(self) -> None:
+        """What encoding and drawing import, seconds of it: for a thread that has nothing else to do."""
+        ...
+
     def denoiser(self, folder: Path) -> nn.Module: ...
 
     def autoencoder(self, folder: Path) -> nn.Module: ...

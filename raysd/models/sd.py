@@ -20,6 +20,10 @@ class StableDiffusion:
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
+    def import_libraries(self) -> None:
+        from diffusers import AutoencoderKL, StableDiffusionPipeline  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
     def denoiser(self, folder: Path) -> nn.Module:
         from diffusers import UNet2DConditionModel
 

@@ -91,6 +91,12 @@ class CaptionEncoder:
         return {"key": np.array(keys)}
 
 
+def is_filled(plan: Plan, storage: Storage) -> bool:
+    """Whether the cache has all latents of the run."""
+    wanted = {key for item in (*plan.train, *plan.validation) for key in item.latents}
+    return not TensorCache(storage.child(plan.latents)).refresh().missing(wanted)
+
+
 def fill_latents(plan: Plan, storage: Storage, spec: TrainingSpec, progress: Progress) -> int:
     """Encode the pictures that the cache lacks. Returns how many there were."""
     evict(storage.child("cache"), CACHE_BYTES, CACHE_SECONDS)

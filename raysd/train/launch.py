@@ -17,7 +17,7 @@ from raysd.references import Located, identity, locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
 from raysd.train.checkpoint import Progress
-from raysd.train.encode import fill_latents, fill_text
+from raysd.train.encode import fill_latents, fill_text, is_filled
 from raysd.train.follow import Follower
 from raysd.train.link import Link
 from raysd.train.plan import Plan, make_plan
@@ -145,6 +145,9 @@ class Launch:
 
     def _train(self, record: RunRecord, plan: Plan, total: int) -> None:
         self.watch({"kind": "phase", "text": "starting Ray"})
+        if not is_filled(plan, self.root):
+            # The libraries that encode take as long to import as Ray's processes to start.
+            threading.Thread(target=self.located.family.import_libraries, daemon=True).start()
         cluster.join(self.spec.scale.most_workers)
         fill_caches(plan, self.root, self.spec, self.watch)
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})

@@ -18,6 +18,7 @@ from raysd.data.sampler import Sampler
 from raysd.errors import OutOfMemory, RaysdError
 from raysd.lease import check_fence
 from raysd.methods import METHODS
+from raysd.quiet import patient_collector
 from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, validate
@@ -46,6 +47,7 @@ class Job:
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a rank. A problem that starting again cannot mend is told to the driver, and ends the next attempt."""
+    patient_collector()
     job: Job = config["job"]
     if ray.get(job.link.failure.remote()) is not None:
         return

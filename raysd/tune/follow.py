@@ -14,6 +14,7 @@ from raysd.config.search import BudgetSpec
 from raysd.storage import Storage
 from raysd.train.launch import Watch
 from raysd.tune import records
+from raysd.tune.records import cost_of
 from raysd.tune.space import key_of
 from raysd.tune.trial import OVER, WORST
 
@@ -77,8 +78,9 @@ class Progress(Unsaved, Callback):
         if not result.get(OVER) and self.budget.spent is None:
             self.stopped.add(key_of(trial.config))
         shown = "  ".join(f"{path} {value}" for path, value in trial.config.items())
-        best = result.get(self.spec.objective[0])
-        value = "failed" if best is None or best >= WORST else f"{self.spec.objective[0]} {best:.4f}"
+        metric = self.spec.objective[0]
+        cost = result.get(metric)
+        value = f"no {metric}" if cost is None or cost >= WORST else f"{metric} {cost_of(metric, cost):.4f}"
         self.watch({"kind": "trial", "text": f"trial {self.done}/{self.spec.trials}: {value}  {shown}"})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from raysd.config import SearchSpec, TrainingSpec, load
+from raysd.config.search import HIGHER
 from raysd.errors import NotFound, RequestError
 from raysd.lease import holder
 from raysd.storage import Storage
@@ -21,9 +22,18 @@ WHOLE = ("finished", "stopped", "failed")
 """What is never run again."""
 
 
+def cost_of(metric: str, value: float) -> float:
+    """The value, or its negative where higher is better."""
+    return -value if metric in HIGHER else value
+
+
 @dataclass(frozen=True)
 class TrialRecord:
-    """One setting and what came of it. `reports` hold step, epoch, validation_loss and seconds of training so far."""
+    """One setting and what came of it.
+
+    `reports` hold step, epoch, validation_loss and seconds of training so far; the last one of a finished trial also the
+    scores of its pictures, where the objective has any.
+    """
 
     key: str
     values: dict[str, Any]
@@ -37,11 +47,17 @@ class TrialRecord:
     gpus: int = 0  # of all its workers together
 
     def best(self, metric: str) -> float | None:
-        """The lowest value reported; of seconds the last."""
+        """The best value reported; of seconds the last."""
         values = [report[metric] for report in self.reports if metric in report]
         if not values:
             return None
-        return values[-1] if metric == "seconds" else min(values)
+        return values[-1] if metric == "seconds" else min(values, key=lambda value: cost_of(metric, value))
+
+    def costs(self, objective: Sequence[str]) -> list[float] | None:
+        """`best` of each metric, lower being better; None if the trial has not reported them all."""
+        found = [(metric, self.best(metric)) for metric in objective]
+        costs = [cost_of(metric, value) for metric, value in found if value is not None]
+        return costs if len(costs) == len(found) else None
 
     @property
     def epochs(self) -> float:
@@ -117,14 +133,14 @@ def write_trial(store: Storage, trial: TrialRecord) -> TrialRecord:
 
 def ranked(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[TrialRecord]:
     """Trials that reported all of the objective, the best first; of several metrics the first one ranks."""
-    scored = [trial for trial in found if all(trial.best(metric) is not None for metric in objective)]
-    return sorted(scored, key=lambda trial: [trial.best(metric) for metric in objective])
+    scored = [(costs, trial) for trial in found if (costs := trial.costs(objective)) is not None]
+    return [trial for _, trial in sorted(scored, key=lambda row: row[0])]
 
 
 def front(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[TrialRecord]:
     """The finished trials that no other finished one beats: as good in every metric and better in one (Pareto)."""
     whole = ranked([trial for trial in found if trial.status == "finished"], objective)
-    points = [[float(trial.best(metric) or 0.0) for metric in objective] for trial in whole]
+    points = [trial.costs(objective) or [] for trial in whole]
 
     def beaten(mine: list[float]) -> bool:
         return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in points)

@@ -15,7 +15,7 @@ from raysd import plots
 from raysd.config import SearchSpec
 from raysd.config.search import Choice, LogUniform
 from raysd.tune import records
-from raysd.tune.records import SearchRecord, TrialRecord
+from raysd.tune.records import SearchRecord, TrialRecord, cost_of
 from raysd.tune.space import optuna_space
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -71,7 +71,7 @@ def importances(spec: SearchSpec, found: Sequence[TrialRecord]) -> dict[str, flo
             optuna.create_trial(
                 params={path: _plain(trial.values[path]) for path in varied},
                 distributions={path: space[path] for path in varied},
-                value=trial.best(metric),
+                value=cost_of(metric, trial.best(metric) or 0.0),
             )
         )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
@@ -126,7 +126,7 @@ def _plots(record: SearchRecord, spec: SearchSpec, found: Sequence[TrialRecord])
     scored = records.ranked(found, spec.objective)
     if not scored:
         return []
-    made = [("Curves; a cross where a trial was stopped", _curves(metric, scored))]
+    made = [("Validation loss; a cross where a trial was stopped", _curves(found))]
     if len(spec.objective) > 1:
         second = spec.objective[1]
         points = [(trial.best(second), float(trial.best(metric) or 0)) for trial in scored]
@@ -148,10 +148,11 @@ def _plots(record: SearchRecord, spec: SearchSpec, found: Sequence[TrialRecord])
     return made
 
 
-def _curves(metric: str, scored: Sequence[TrialRecord]) -> str:
-    name = "validation_loss" if metric == "seconds" else metric
-    curves = {trial.key: [(row["epoch"], row[name]) for row in trial.reports if name in row] for trial in scored}
-    ends = [curves[trial.key][-1] for trial in scored if trial.status == "stopped" and curves[trial.key]]
+def _curves(found: Sequence[TrialRecord]) -> str:
+    name = "validation_loss"
+    curves = {trial.key: [(row["epoch"], row[name]) for row in trial.reports if name in row] for trial in found}
+    curves = {key: points for key, points in curves.items() if points}
+    ends = [curves[trial.key][-1] for trial in found if trial.status == "stopped" and trial.key in curves]
     return plots.lines(curves, "epoch", name, ends)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from raysd import cluster
 from raysd.config import SearchSpec, TrainingSpec, override
 from raysd.errors import LeaseLost, NotFound, RequestError, TrainingFailed
+from raysd.evaluate.prompts import Prompt
 from raysd.lease import Lease
 from raysd.references import locate
 from raysd.registry import Version
@@ -21,6 +22,7 @@ from raysd.train.plan import Plan
 from raysd.train.publish import publish
 from raysd.tune import records
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord
+from raysd.tune.scoring import prompts_of, reference
 from raysd.tune.space import check_choices, check_space, optuna_space, ray_space
 
 DRIVER_MEMORY = 400 * 2**20
@@ -62,9 +64,13 @@ def search(
         if existing
         else plan_for(training, root, locate(training.base, root), watch)
     )
-    if "validation_loss" in spec.objective and not plan.validation:
+    if not plan.validation and (spec.scheduler.kind != "none" or "validation_loss" in spec.objective):
         raise RequestError("data.validation: no picture is held out, and no trial could report validation_loss")
+    prompts = prompts_of(spec, plan)
     root.require_swap()
+    watch({"kind": "phase", "text": "starting Ray"})
+    cluster.join(training.scale.most_workers)
+    room = room_for(spec, training)
     lease = Lease.acquire(store, LEASE)
     lost = threading.Event()
     lease.start(lambda reason: lost.set())
@@ -72,9 +78,33 @@ def search(
         if not existing:
             plan.save(store.child(records.PLAN))
         body = existing or SearchRecord(name, spec.model_dump(mode="json"), training.model_dump(mode="json"))
-        return Driver(spec, training, body, root, store, plan, watch, lost).run(retrain)
+        return Driver(spec, training, body, root, store, plan, prompts, room, watch, lost).run(retrain)
     finally:
         lease.release()
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many trials run at once, and what each of their workers gets."""
+
+    trials: int
+    cpus: int
+    gpus: int
+
+
+def room_for(spec: SearchSpec, training: TrainingSpec) -> Room:
+    """Share out the cluster, as large as it may become. Raises RequestError if it has no room for one trial."""
+    scale = training.scale
+    each = cluster.allot(scale)
+    most = cluster.capacity()
+    workers, asked = scale.most_workers, scale.cpus or 1
+    rooms = [int(most.get("CPU", 1)) // (workers * asked)]
+    if each.gpus:
+        rooms.append(int(most.get("GPU", 0)) // workers)
+    trials = min(spec.concurrent or max(1, min(rooms)), spec.trials)
+    if scale.cpus or each.gpus:
+        return Room(trials, each.cpus, each.gpus)
+    return Room(trials, max(1, int(most.get("CPU", 1)) // (workers * trials)), 0)
 
 
 class Driver:
@@ -88,19 +118,18 @@ class Driver:
         root: Storage,
         store: Storage,
         plan: Plan,
+        prompts: tuple[Prompt, ...],
+        room: "Room",
         watch: Watch,
         lost: threading.Event,
     ):
         self.spec, self.training, self.record, self.root, self.store = spec, training, record, root, store
-        self.plan, self.watch, self.lost = plan, watch, lost
+        self.plan, self.prompts, self.room, self.watch, self.lost = plan, prompts, room, watch, lost
         self.stopped: set[str] = set()  # keys that the scheduler or the budget stopped
 
     def run(self, retrain: bool) -> Outcome:
-        self.watch({"kind": "phase", "text": "starting Ray"})
-        workers = self.training.scale.most_workers
-        cluster.join(workers)
-        self.concurrent = self._concurrent()
         fill_caches(self.plan, self.root, self.training, self.watch)
+        self.real = reference(self.spec, self.plan, self.training.data.resolution)
         self.record = records.write(self.store, replace(self.record, status="running", ended_by=None))
         with self._clock():
             ended_by = self._tune()
@@ -124,21 +153,6 @@ class Driver:
         )
         return Outcome(self.record, found, records.front(found, self.spec.objective))
 
-    def _concurrent(self) -> int:
-        """Trials at once. Raises RequestError if the cluster has no room for one."""
-        each = cluster.allot(self.training.scale)
-        self.gpus = each.gpus
-        import ray
-
-        have = ray.cluster_resources()
-        workers = self.training.scale.most_workers
-        asked = self.training.scale.cpus or 1
-        rooms = [int(have.get("CPU", 1)) // (workers * asked)]
-        if each.gpus:
-            rooms.append(int(have.get("GPU", 0)) // workers)
-        room = max(1, min(rooms))
-        return min(self.spec.concurrent or room, self.spec.trials)
-
     def _tune(self) -> str:
         """Run the trials; what ended them: "trials" (all are over), the budget's field, or INTERRUPTED."""
         from ray import tune
@@ -146,12 +160,17 @@ class Driver:
         from raysd.tune.follow import Budget, Progress
         from raysd.tune.trial import Job, SearchTrial
 
-        each = max(1, self._cpus() // (self.training.scale.most_workers * self.concurrent))
-        training = (
-            self.training if self.training.scale.cpus or self.gpus else override(self.training, {"scale.cpus": each})
-        )
+        training = override(self.training, {"scale.cpus": self.room.cpus})
         job = Job(
-            self.root.url, self.record.name, self.spec, training, self._shared_plan(), len(self.plan.train), self.gpus
+            root=self.root.url,
+            search=self.record.name,
+            spec=self.spec,
+            training=training,
+            shared_plan=self._shared_plan(),
+            pictures=len(self.plan.train),
+            gpus=self.room.gpus,
+            prompts=self.prompts,
+            real=self.real,
         )
         budget = Budget(self.spec.budget, self.store, self.record.seconds)
         progress = Progress(self.spec, budget, self.watch, self.stopped, self.lost)
@@ -196,12 +215,12 @@ class Driver:
         if searcher is None:
             from ray.tune.search.basic_variant import BasicVariantGenerator
 
-            searcher = BasicVariantGenerator(random_state=spec.searcher.seed, max_concurrent=self.concurrent)
+            searcher = BasicVariantGenerator(random_state=spec.searcher.seed, max_concurrent=self.room.trials)
         return tune.TuneConfig(
             search_alg=searcher,
             scheduler=_scheduler(spec, self._most_epochs()),
             num_samples=samples,
-            max_concurrent_trials=self.concurrent if spec.searcher.kind == "optuna" else None,
+            max_concurrent_trials=self.room.trials if spec.searcher.kind == "optuna" else None,
             reuse_actors=True,
             **({} if spec.scheduler.kind != "none" else one),
         )
@@ -214,11 +233,6 @@ class Driver:
             spec = override(self.training, changes)
             longest = max(longest, total_steps(spec, pictures) * spec.optim.batch_size / pictures)
         return longest
-
-    def _cpus(self) -> int:
-        import ray
-
-        return int(ray.cluster_resources().get("CPU", 1))
 
     def _shared_plan(self) -> bool:
         return not any(path == "base" or path == "seed" or path.startswith("data.") for path in self.spec.space)
@@ -248,7 +262,7 @@ class Driver:
 
     def _retrain(self, trial: TrialRecord) -> str | None:
         """Train the trial's settings on all pictures, for as many epochs as were best."""
-        best = min(trial.reports, key=lambda report: report[self.spec.objective[0]])
+        best = min(trial.reports, key=lambda report: report.get("validation_loss", -report["epoch"]))
         changes = {**trial.values, "data.validation": 0.0, "optim.epochs": best["epoch"], "validation.every": 0}
         spec = override(override(self.training, changes), {"publish.model": self._model()})
         outcome = train(spec, f"{trial.run}-all", self.root, self.watch)
@@ -301,7 +315,7 @@ def _scheduler(spec: SearchSpec, longest: float) -> Any:
     if found.kind == "asha":
         return AsyncHyperBandScheduler(
             time_attr="epoch",
-            metric=spec.objective[0],
+            metric="validation_loss",
             mode="min",
             grace_period=found.grace,
             max_t=max(longest, found.grace) + 1,
@@ -310,7 +324,7 @@ def _scheduler(spec: SearchSpec, longest: float) -> Any:
         )
     if found.kind == "median":
         return MedianStoppingRule(
-            time_attr="epoch", metric=spec.objective[0], mode="min", grace_period=found.grace, hard_stop=True
+            time_attr="epoch", metric="validation_loss", mode="min", grace_period=found.grace, hard_stop=True
         )
     return FIFOScheduler()
 

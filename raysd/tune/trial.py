@@ -10,15 +10,19 @@ from ray import tune
 
 from raysd.config import SearchSpec, TrainingSpec, override
 from raysd.errors import RaysdError
+from raysd.evaluate.prompts import Prompt
+from raysd.references import locate
 from raysd.storage import Storage
+from raysd.train import runs
 from raysd.train.launch import train
 from raysd.train.plan import Plan
 from raysd.tune import records
-from raysd.tune.records import TrialRecord
+from raysd.tune.records import TrialRecord, cost_of
+from raysd.tune.scoring import score, wanted
 from raysd.tune.space import key_of
 
 WORST = 1e9
-"""What a failed trial reports, so that the searcher keeps away from such settings; it is in no record."""
+"""What the searcher is told where a trial failed or has no value yet; it is in no record."""
 OVER = "over"
 """In a trial's last result: it ended by itself, not by a decision of the scheduler or the budget."""
 STOP_SECONDS = 120.0
@@ -36,6 +40,8 @@ class Job:
     shared_plan: bool  # whether all trials train on the same pictures and latents
     pictures: int
     gpus: int  # of one worker
+    prompts: tuple[Prompt, ...]
+    real: Any  # features of the data's pictures [N, D] for KID, or None
 
 
 def settings(job: Job, values: dict[str, Any]) -> TrainingSpec:
@@ -69,12 +75,12 @@ class SearchTrial(tune.Trainable):
             if self.past:
                 report = self.past.pop(0)
                 whole = not self.past and self.record.status in records.WHOLE
-                return {**report, "done": whole, OVER: whole}
+                return self._result(report, over=whole)
             kind, value = self.events.get()
             if kind == "end":
                 return self._ended(value)
             if self._reported(value):
-                return {**self.record.reports[-1], "done": False, OVER: False}
+                return self._result(self.record.reports[-1], over=False)
 
     def cleanup(self) -> None:
         """Stopped early: the run writes a checkpoint and gives back its workers. The driver knows who stopped it."""
@@ -103,7 +109,7 @@ class SearchTrial(tune.Trainable):
         self.began, self.before = time.time(), self.record.seconds
         self.past = list(self.record.reports)
         if self.record.status in records.WHOLE:
-            self.past = self.past or [{"epoch": 0.0, **self._worst()}]
+            self.past = self.past or [{"epoch": 0.0}]
             return
         self._write(status="running", reason=None)
         self.thread = threading.Thread(target=self._train, daemon=True)
@@ -113,9 +119,16 @@ class SearchTrial(tune.Trainable):
         plan = Plan.load(self.store.child(records.PLAN)) if self.job.shared_plan else None
         try:
             outcome = train(self.spec, self.record.run, self.root, self._watch, plan, self.asked.is_set)
-            self.events.put(("end", None if outcome.finished else "interrupted"))
+            self.events.put(("end", self._scores() if outcome.finished else "interrupted"))
         except (RaysdError, OSError, RuntimeError) as problem:
             self.events.put(("end", problem))
+
+    def _scores(self) -> dict[str, float]:
+        """Of the pictures that the trained weights draw, where the objective asks for them."""
+        if not wanted(self.job.spec):
+            return {}
+        run = runs.storage_of(self.root, self.record.run)
+        return score(self.job.spec, self.spec, locate(self.spec.base, self.root), run, self.job.prompts, self.job.real)
 
     def _watch(self, event: dict[str, Any]) -> None:
         if event["kind"] == "validation" and event["step"] > 0:
@@ -135,18 +148,26 @@ class SearchTrial(tune.Trainable):
         self._write(reports=(*self.record.reports, report))
         return True
 
-    def _ended(self, problem: Any) -> dict[str, Any]:
-        if problem is None:
-            self._write(status="finished")
-        elif problem == "interrupted":
+    def _ended(self, how: Any) -> dict[str, Any]:
+        """`how`: the scores of a trial that finished, "interrupted", or what it raised."""
+        if isinstance(how, dict):
+            reports = self.record.reports or ({"step": 0, "epoch": 0.0},)
+            last = {**reports[-1], **how, "seconds": self.before + time.time() - self.began}
+            self._write(status="finished", reports=(*reports[:-1], last))
+        elif how == "interrupted":
             self._write(status="interrupted")
         else:
-            self._write(status="failed", reason=str(problem))
-        last = self.record.reports[-1] if self.record.reports else {"epoch": 0.0}
-        return {**last, **(self._worst() if self.record.status == "failed" else {}), "done": True, OVER: True}
+            self._write(status="failed", reason=str(how))
+        return self._result(self.record.reports[-1] if self.record.reports else {"epoch": 0.0}, over=True)
 
-    def _worst(self) -> dict[str, float]:
-        return {metric: WORST for metric in self.job.spec.objective}
+    def _result(self, report: dict[str, float], over: bool) -> dict[str, Any]:
+        """What Ray Tune sees: every metric, lower being better."""
+        failed = self.record.status == "failed" and over
+        costs: dict[str, float] = {
+            metric: cost_of(metric, report[metric]) if metric in report and not failed else WORST
+            for metric in {"validation_loss", *self.job.spec.objective}
+        }
+        return {"epoch": report["epoch"], **costs, "done": over, OVER: over}
 
     def _write(self, **changes: Any) -> None:
         seconds = self.before + time.time() - self.began

@@ -1,6 +1,7 @@
 """Search specs, spaces, records and reports: what can be said without running a trial."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -39,6 +40,8 @@ def training():
         ({"budget": {"trials": 3, "money": 5.0}}, "money needs price"),
         ({"searcher": {"kind": "grid"}}, "a grid is made of choices"),
         ({"objective": ["validation_loss", "seconds"]}, "with several objectives"),
+        ({"evaluation": {"count": 1}}, "evaluation.count"),
+        ({"evaluation": {"data": {"source": "sample"}}}, "evaluation.data: leave it out"),
         (
             {"searcher": {"kind": "grid"}, "space": {"method.rank": {"kind": "choice", "values": [1, 2, 4, 8]}}},
             "the grid has 4",
@@ -129,6 +132,18 @@ def test_the_front_holds_what_nothing_beats():
     """In loss and seconds: (0.3, 9), (0.2, 6), (0.21, 9), (0.6, 3)."""
     fast = trial(6, [0.6])
     assert {found.run for found in records.front([*TRIALS, fast], ["validation_loss", "seconds"])} == {"s-2", "s-6"}
+
+
+def test_a_score_that_is_better_higher_ranks_the_highest_first():
+    high, low = trial(1, [0.5, 0.3]), trial(2, [0.5, 0.2])
+    scored = [
+        replace(t, reports=(*t.reports[:-1], {**t.reports[-1], "clip_score": s}))
+        for t, s in ((high, 30.0), (low, 20.0))
+    ]
+    assert [found.run for found in records.ranked(scored, ["clip_score"])] == ["s-1", "s-2"]
+    assert [found.run for found in records.front(scored, ["clip_score"])] == ["s-1"]
+    assert {found.run for found in records.front(scored, ["validation_loss", "clip_score"])} == {"s-1", "s-2"}
+    assert records.ranked([trial(3, [0.1])], ["clip_score"]) == [], "it has drawn nothing"
 
 
 def test_records_survive_being_written(tmp_path, training):

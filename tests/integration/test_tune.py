@@ -17,10 +17,10 @@ def recipe(tiny_base, tiny_pictures, tmp_path):
     return toml(tmp_path, tiny_base, tiny_pictures, **changes)
 
 
-def search_file(folder, recipe, space, **tables):
+def search_file(folder, recipe, space, objective="validation_loss", **tables):
     file = folder / "search.toml"
     rest = {"scheduler": {"kind": "none", "every": 2}, **tables}
-    text = f'recipe = "{recipe}"\n[space]\n'
+    text = f'recipe = "{recipe}"\nobjective = {json.dumps(objective)}\n[space]\n'
     text += "".join(f'"{path}" = {_inline(value)}\n' for path, value in space.items())
     for name, table in rest.items():
         text += f"[{name}]\n" + "".join(f'"{key}" = {json.dumps(value)}\n' for key, value in table.items())
@@ -44,7 +44,9 @@ def nothing_is_held():
 def test_a_grid_publishes_its_best_and_a_failed_trial_says_why(recipe, ray_address, tmp_path):
     """A learning rate that ends in NaN is a finished trial with a reason, and harms no other."""
     space = {"optim.lr": {"kind": "choice", "values": [1e-3, 1e30]}}
-    file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={"price": 2.0})
+    objective, evaluation = ["validation_loss", "kid", "clip_score"], {"count": 8, "steps": 2}
+    tables = {"searcher": {"kind": "grid"}, "budget": {"price": 2.0}, "evaluation": evaluation}
+    file = search_file(tmp_path, recipe, space, objective, **tables)
     done = raysd("tune", str(file), "--name", "grid", "--json", storage=tmp_path / "store", address=ray_address)
     body = json_of(done)
     found = {trial["values"]["optim.lr"]: trial for trial in body["trials"]}
@@ -59,6 +61,8 @@ def test_a_grid_publishes_its_best_and_a_failed_trial_says_why(recipe, ray_addre
     assert record["spec"]["optim"]["lr"] == 1e-3
     reports = found[1e-3]["reports"]
     assert record["metrics"]["validation_loss"] == min(report["validation_loss"] for report in reports)
+    assert {"kid", "clip_score"} <= reports[-1].keys()
+    assert not {"kid", "clip_score"} & reports[0].keys(), "pictures are drawn once, at the end"
     page = tmp_path / "page.html"
     assert raysd("tune", "report", "grid", "--html", str(page), storage=tmp_path / "store").returncode == 0
     assert found[1e-3]["run"] in page.read_text()
@@ -129,3 +133,11 @@ def test_ending_a_search_holds_nothing_and_what_the_scheduler_stopped_stays_stop
     assert states == {1e-2: "finished", 1e-6: "stopped", 2e-6: "stopped"}
     epochs = {trial["values"]["optim.lr"]: trial["reports"][-1]["epoch"] for trial in body["trials"]}
     assert max(epochs[1e-6], epochs[2e-6]) < epochs[1e-2]
+
+
+def test_more_than_the_cluster_may_ever_have_is_refused_before_anything_is_written(recipe, ray_address, tmp_path):
+    file = search_file(tmp_path, recipe, {"optim.lr": {"kind": "choice", "values": [1e-3]}}, budget={"trials": 1})
+    done = raysd("tune", str(file), "--scale.gpus", "true", storage=tmp_path / "store", address=ray_address)
+    assert done.returncode == 2
+    assert "this cluster has 0 GPUs at most" in done.stderr
+    assert not list((tmp_path / "store").rglob("*.json"))

@@ -1,0 +1,47 @@
+"""Searches on a cluster that grows: waiting trials bring nodes up, and their end lets them go."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.base import toml
+from tests.cluster import json_of, raysd
+from tests.growing import IDLE_SECONDS, growing
+from tests.integration.test_tune import search_file
+
+pytestmark = pytest.mark.timeout(900)
+ALIVE = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+
+
+def nodes(address):
+    """How many are alive, as a process of its own sees it: this one may be connected to another cluster."""
+    done = subprocess.run([sys.executable, "-c", ALIVE, address], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tiny_pictures, tmp_path):
+    changes = {"data__validation": 0.3, "scale__cpus": 1, "checkpoint__every": 4, "optim__steps": 4}
+    recipe = toml(tmp_path, tiny_base, tiny_pictures, **changes)
+    space = {"optim.lr": {"kind": "choice", "values": [1e-4, 1e-3]}}
+    file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={})
+    with growing(tmp_path, most=2) as address:
+        assert nodes(address) == 1
+        done = raysd("tune", str(file), "--name", "grow", "--json", storage=tmp_path / "store", address=address)
+        body = json_of(done)
+        assert [trial["status"] for trial in body["trials"]] == ["finished", "finished"]
+        counts = [count for _, count in body["nodes"]]
+        assert counts[0] == 1
+        assert max(counts) == 3
+        end = time.monotonic() + 20 * IDLE_SECONDS
+        while nodes(address) > 1:
+            assert time.monotonic() < end, "the nodes stay"
+        greedy = raysd("tune", str(file), "--scale.workers", "3", storage=tmp_path / "other", address=address)
+        assert greedy.returncode == 2
+        assert "this cluster has 2 CPUs at most" in greedy.stderr
+    page = tmp_path / "page.html"
+    assert raysd("tune", "report", "grow", "--html", str(page), storage=tmp_path / "store").returncode == 0
+    assert "Nodes of the cluster" in page.read_text()
+    assert json.loads((tmp_path / "store/searches/grow/search.json").read_text())["nodes"] == body["nodes"]
