@@ -8,6 +8,8 @@ from raysd.config.training import ScaleSpec
 from raysd.errors import RequestError
 from raysd.quiet import quiet_libraries
 
+GROWS_TO = "RAYSD_CLUSTER_RESOURCES"
+
 
 @dataclass(frozen=True)
 class Allotment:
@@ -44,12 +46,19 @@ def join(most_workers: int) -> None:
 
 
 def capacity() -> dict[str, float]:
-    """What the cluster may have when it has grown as far as its autoscaler lets it; what it has, where it cannot grow."""
+    """What the cluster has, or may have when it has grown: Ray does not say, so RAYSD_CLUSTER_RESOURCES does.
+
+    Raises RequestError for a value that is not like CPU=64,GPU=8.
+    """
     import ray
-    from ray._private.state import state  # as Ray Train asks: there is no public way
 
     have: dict[str, float] = ray.cluster_resources()
-    most: dict[str, float] = state.get_max_resources_from_cluster_config() or {}
+    most: dict[str, float] = {}
+    for part in filter(None, os.environ.get(GROWS_TO, "").split(",")):
+        name, _, count = part.partition("=")
+        if not count.strip().isdecimal():
+            raise RequestError(f"{GROWS_TO} {part!r}: expected resources like CPU=64,GPU=8")
+        most[name.strip()] = float(count)
     return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
 
 
@@ -60,8 +69,12 @@ def allot(scale: ScaleSpec) -> Allotment:
     fewest = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
     use_gpu = gpus >= fewest if scale.gpus is None else scale.gpus
     if use_gpu and gpus < fewest:
-        raise RequestError(f"scale.workers {fewest} with a GPU each: this cluster has {gpus} GPUs at most")
+        raise RequestError(f"scale.workers {fewest} with a GPU each: this cluster has {gpus} GPUs{_advice()}")
     each = scale.cpus or (1 if use_gpu else max(1, cpus // scale.most_workers))
     if each * fewest > cpus:
-        raise RequestError(f"scale.workers {fewest} with {each} CPUs each: this cluster has {cpus} CPUs at most")
+        raise RequestError(f"scale.workers {fewest} with {each} CPUs each: this cluster has {cpus} CPUs{_advice()}")
     return Allotment(each, int(use_gpu))
+
+
+def _advice() -> str:
+    return " at most" if os.environ.get(GROWS_TO) else f"; if it grows, say how far: {GROWS_TO}=CPU=64,GPU=8"

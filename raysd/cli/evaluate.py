@@ -1,13 +1,11 @@
 """`raysd evaluate`."""
 
-import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from raysd.cli.output import Json, open_storage, show
+from raysd.cli.output import Json, open_storage, reserve_output, show
 from raysd.console import Watcher
 
 app = typer.Typer()
@@ -33,7 +31,8 @@ def evaluate(
 
     given = {"prompts": prompts, "count": count, "inception": inception, "clip": clip, "workers": workers}
     spec = spec_of(ref, data, given, open_storage())
-    with Watcher(quiet=as_json) as watch, contextlib.redirect_stdout(sys.stderr):
+    reserve_output()
+    with Watcher(quiet=as_json) as watch:
         found = run(ref, against, spec, open_storage(), watch)
     if html is not None:
         report.page(found, open_storage(), html)

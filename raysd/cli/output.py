@@ -10,7 +10,13 @@ from rich.console import Console
 from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+RESULT = sys.stdout
+out = Console(file=RESULT, highlight=False, width=None if RESULT.isatty() else 160)
+
+
+def reserve_output() -> None:
+    """From here on standard output is the result's alone: Ray's threads print there what they hear of its processes."""
+    sys.stdout = sys.stderr
 
 
 def open_storage() -> Any:
@@ -35,7 +41,7 @@ def open_database(storage: Any) -> Any:
 
 def show(body: Any, as_json: bool, render: Callable[[], Any]) -> None:
     if as_json:
-        print(json.dumps(body))
+        print(json.dumps(body), file=RESULT)
     else:
         out.print(render())
 

@@ -1,14 +1,11 @@
 """`raysd train`, `raysd demo` and `raysd runs`."""
 
-import contextlib
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from raysd.cli.output import Json, flat, open_storage, out, pairs, show, table
+from raysd.cli.output import Json, flat, open_storage, out, pairs, reserve_output, show, table
 from raysd.cli.specs import dotted, recipe_of, train_help
 from raysd.config import TrainingSpec, override
 from raysd.console import Watcher, errors
@@ -43,6 +40,7 @@ def demo() -> None:
     """Train a LoRA on the bundled sample, publish it, and draw before and after side by side."""
     from raysd.demo import run_demo
 
+    reserve_output()
     with Watcher() as watch:
         table = run_demo(recipe_of("lora-demo"), open_storage(), watch)
     out.print(table)
@@ -108,16 +106,15 @@ def runs_delete(name: str) -> None:
 def _train(spec: TrainingSpec, name: str, as_json: bool) -> None:
     from raysd.train.launch import train as launch
 
-    # Ray prints on standard output when a worker dies; that is for the result alone.
-    with Watcher(quiet=as_json) as watch, contextlib.redirect_stdout(sys.stderr):
+    reserve_output()
+    with Watcher(quiet=as_json) as watch:
         outcome = launch(spec, name, open_storage(), watch)
     record = outcome.record
-    if as_json:
-        print(json.dumps(summary(record)))
-    elif outcome.finished:
-        out.print(pairs({key: value for key, value in summary(record).items() if value is not None}))
-        if record.version:
-            out.print(f"next: raysd generate {record.version} --prompt TEXT --out picture.png")
+    if as_json or outcome.finished:
+        body = summary(record)
+        show(body, as_json, lambda: pairs({key: value for key, value in body.items() if value is not None}))
+    if record.version and not as_json:
+        out.print(f"next: raysd generate {record.version} --prompt TEXT --out picture.png")
     if not outcome.finished:
         errors.print(f"run {name} stopped at step {record.step} of {record.total}; go on: raysd runs resume {name}")
         raise typer.Exit(1)

@@ -1,14 +1,12 @@
 """`raysd tune`."""
 
-import contextlib
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from raysd.cli.output import Json, open_storage, out, show
+from raysd.cli.output import Json, open_storage, out, reserve_output, show
 from raysd.cli.specs import dotted, recipe_of
 from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
 from raysd.console import Watcher, errors
@@ -43,7 +41,8 @@ def tune(
 def _search(spec: SearchSpec, training: TrainingSpec, name: str, retrain: bool, as_json: bool) -> None:
     from raysd.tune.search import search
 
-    with Watcher(quiet=as_json) as watch, contextlib.redirect_stdout(sys.stderr):
+    reserve_output()
+    with Watcher(quiet=as_json) as watch:
         outcome = search(spec, training, name, open_storage(), watch, retrain)
     _show_search(outcome.record, outcome.trials, as_json)
     if not outcome.finished:

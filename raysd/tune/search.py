@@ -1,5 +1,6 @@
 """A search from spec to version: check everything, fill the caches once, let Ray Tune run the trials, publish the best."""
 
+import os
 import tempfile
 import threading
 import time
@@ -169,6 +170,7 @@ class Driver:
             shared_plan=self._shared_plan(),
             pictures=len(self.plan.train),
             gpus=self.room.gpus,
+            grows_to=os.environ.get(cluster.GROWS_TO, ""),
             prompts=self.prompts,
             real=self.real,
         )

@@ -1,5 +1,6 @@
 """One trial: a whole run of `raysd.train`, seen by Ray Tune as a sequence of validations."""
 
+import os
 import queue
 import threading
 import time
@@ -8,6 +9,7 @@ from typing import Any
 
 from ray import tune
 
+from raysd.cluster import GROWS_TO
 from raysd.config import SearchSpec, TrainingSpec, override
 from raysd.errors import RaysdError
 from raysd.evaluate.prompts import Prompt
@@ -40,6 +42,7 @@ class Job:
     shared_plan: bool  # whether all trials train on the same pictures and latents
     pictures: int
     gpus: int  # of one worker
+    grows_to: str  # RAYSD_CLUSTER_RESOURCES of the driver, or ""
     prompts: tuple[Prompt, ...]
     real: Any  # features of the data's pictures [N, D] for KID, or None
 
@@ -62,6 +65,7 @@ class SearchTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], job: Job | None = None) -> None:
         assert job is not None
         self.job = job
+        os.environ[GROWS_TO] = job.grows_to  # this process's environment is that of its node
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

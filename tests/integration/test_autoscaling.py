@@ -29,7 +29,8 @@ def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tin
     file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={})
     with growing(tmp_path, most=2) as address:
         assert nodes(address) == 1
-        done = raysd("tune", str(file), "--name", "grow", "--json", storage=tmp_path / "store", address=address)
+        grows = {"address": address, "RAYSD_CLUSTER_RESOURCES": "CPU=2"}
+        done = raysd("tune", str(file), "--name", "grow", "--json", storage=tmp_path / "store", **grows)
         body = json_of(done)
         assert [trial["status"] for trial in body["trials"]] == ["finished", "finished"]
         counts = [count for _, count in body["nodes"]]
@@ -38,7 +39,7 @@ def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tin
         end = time.monotonic() + 20 * IDLE_SECONDS
         while nodes(address) > 1:
             assert time.monotonic() < end, "the nodes stay"
-        greedy = raysd("tune", str(file), "--scale.workers", "3", storage=tmp_path / "other", address=address)
+        greedy = raysd("tune", str(file), "--scale.workers", "3", storage=tmp_path / "other", **grows)
         assert greedy.returncode == 2
         assert "this cluster has 2 CPUs at most" in greedy.stderr
     page = tmp_path / "page.html"

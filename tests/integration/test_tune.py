@@ -139,5 +139,5 @@ def test_more_than_the_cluster_may_ever_have_is_refused_before_anything_is_writt
     file = search_file(tmp_path, recipe, {"optim.lr": {"kind": "choice", "values": [1e-3]}}, budget={"trials": 1})
     done = raysd("tune", str(file), "--scale.gpus", "true", storage=tmp_path / "store", address=ray_address)
     assert done.returncode == 2
-    assert "this cluster has 0 GPUs at most" in done.stderr
+    assert "this cluster has 0 GPUs; if it grows, say how far: RAYSD_CLUSTER_RESOURCES=" in done.stderr
     assert not list((tmp_path / "store").rglob("*.json"))
