@@ -8,7 +8,7 @@ from benchmarks import spawned
 from benchmarks.options import Options
 from benchmarks.results import Result, Table, Target
 
-PICTURES, BATCH, STEPS, GUIDANCE, TURNS = 256, 32, 25, 3.5, 3
+PICTURES, BATCH, STEPS, GUIDANCE, TURNS = 256, 32, 25, 3.5, 2
 BOUND = 0.9
 
 

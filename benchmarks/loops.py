@@ -62,10 +62,15 @@ def raysd_loop(task: Task, device: torch.device, rank: int = 0, world: int = 1) 
     return (record.loss for record in training_steps(engine, method, batches, schedule, spec, None, 0, ENDLESS))
 
 
-def bare_loop(task: Task, device: torch.device) -> Iterator[float]:
-    """One process, all latents and embeddings in memory, torch's fused AdamW; yields losses."""
+def bare_loop(task: Task, device: torch.device, parallel: bool = False) -> Iterator[float]:
+    """One process, all latents and embeddings in memory, torch's fused AdamW; yields losses.
+
+    With `parallel` torch's DistributedDataParallel averages the gradients of the default group's ranks.
+    """
     spec, optim = task.spec, task.spec.optim
     denoiser = _module(task, device, 1).denoiser
+    if parallel:
+        denoiser = nn.parallel.DistributedDataParallel(denoiser)
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, optim.lr, optim.betas, optim.eps, optim.weight_decay, fused=True)
     draw = BareBatches(task, device)

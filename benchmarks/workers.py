@@ -1,7 +1,8 @@
 """Two raysd workers of one core each (gloo, DeepSpeed ZeRO 1 and 2) beside two bare PyTorch loops that run at once.
 
 fp32, global batch 16 (8 a worker; 8 a bare loop), the bundled base's shape at 64 px, LoRA of rank 4 and full. Without
-Ray; each process pinned to its core, one thread each.
+Ray; each process pinned to its core, one thread each. Two bare loops exchange nothing; torch's DistributedDataParallel over
+the same gloo shows what exchanging gradients costs here at least.
 """
 
 import os
@@ -42,7 +43,11 @@ def _rank(rank: int, task: Task, turns: int, steps: int, warmup: int) -> Rank:
     """Both loops on one rank; all ranks take turns together."""
     cpu = torch.device("cpu")
     single = task.changed(scale__workers=1, scale__zero_stage=0, optim__batch_size=BATCH // WORLD)
-    loops = {"raysd": raysd_loop(task, cpu, rank, WORLD), "bare": bare_loop(single, cpu)}
+    loops = {
+        "raysd": raysd_loop(task, cpu, rank, WORLD),
+        "bare": bare_loop(single, cpu),
+        "ddp": bare_loop(single, cpu, parallel=True),
+    }
     return clock.alternated(loops, turns, steps, warmup, ready=dist.barrier)
 
 
@@ -51,9 +56,17 @@ def _result(found: dict[str, list[Rank]], settings: dict[str, object]) -> Result
     for case, by_rank in found.items():
         ours = BATCH / max(clock.typical(rank["raysd"]) for rank in by_rank)
         bare = sum(BATCH / WORLD / clock.typical(rank["bare"]) for rank in by_rank)
-        rows.append([case, round(ours, 1), round(bare, 1), round(ours / bare, 3)])
+        ddp = BATCH / max(clock.typical(rank["ddp"]) for rank in by_rank)
+        rows.append([case, round(ours, 1), round(bare, 1), round(ours / bare, 3), round(ddp, 1), round(ours / ddp, 3)])
         targets.append(Target(f"{case}: pictures/s, two workers / two bare loops", ours / bare, BOUND, at_least=True))
-    columns = ["case", "two workers, pictures/s", "two bare loops, pictures/s", "ratio"]
+    columns = [
+        "case",
+        "two workers, pictures/s",
+        "two bare loops, pictures/s",
+        "ratio",
+        "DDP, pictures/s",
+        "raysd / DDP",
+    ]
     samples = {
         f"{case} {name} rank {number}": clock.flat(blocks)
         for case, by_rank in found.items()

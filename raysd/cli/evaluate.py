@@ -1,11 +1,11 @@
 """`raysd evaluate`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from raysd.cli.output import Json, open_storage, reserve_output, show
+from raysd.cli.output import Json, open_registry, open_storage, reserve_output, show
 from raysd.console import Watcher
 
 app = typer.Typer()
@@ -35,5 +35,17 @@ def evaluate(
     with Watcher(quiet=as_json) as watch:
         found = run(ref, against, spec, open_storage(), watch)
     if html is not None:
-        report.page(found, open_storage(), html)
+        report.page(found, open_storage(), html, _training(found.model.ref))
     show(found.to_json(), as_json, lambda: report.table(found))
+
+
+def _training(ref: str) -> Any:
+    """The run of a registered version, where it still is."""
+    from raysd.evaluate.report import Training
+    from raysd.train import runs
+
+    if "@" not in ref:
+        return None
+    name = open_registry().resolve(ref).record.get("run", {}).get("name")
+    run = runs.storage_of(open_storage(), name) if name else None
+    return None if run is None else Training(name, runs.metrics(run), runs.samples(run))

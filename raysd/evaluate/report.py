@@ -3,7 +3,8 @@
 import base64
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from raysd.errors import DataError, NotFound
 from raysd.evaluate.intervals import Interval
 from raysd.evaluate.judging import Score
 from raysd.evaluate.records import Evaluation, Judged
-from raysd.plots import Mark, intervals
+from raysd.plots import Mark, intervals, lines
 from raysd.storage import Storage
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -29,6 +30,15 @@ THUMB_SIDE = 192
 MOST_PROMPTS = 24
 """Prompts whose pictures a page shows."""
 BAND_NAMES = ("least noise", "less noise", "more noise", "most noise")
+
+
+@dataclass(frozen=True)
+class Training:
+    """The run that a version comes from: its step records, and the PNGs it drew of fixed prompts by step."""
+
+    run: str
+    rows: Sequence[Mapping[str, Any]]
+    samples: Mapping[int, Sequence[bytes]]
 
 
 def table(evaluation: Evaluation) -> RenderableType:
@@ -50,7 +60,7 @@ def table(evaluation: Evaluation) -> RenderableType:
     return Group(rows, *found, *remarks)
 
 
-def page(evaluation: Evaluation, storage: Storage, out: Path) -> None:
+def page(evaluation: Evaluation, storage: Storage, out: Path, training: Training | None = None) -> None:
     """Write the evaluation as one HTML file: no scripts, nothing fetched, foreign text escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -64,10 +74,25 @@ def page(evaluation: Evaluation, storage: Storage, out: Path) -> None:
         charts=list(_charts(models)),
         sheet=_sheet(evaluation, models, storage),
         nearest=_nearest(evaluation.model, storage),
+        training=None if training is None else _training_part(training),
         spec=json.dumps(evaluation.spec, indent=2, ensure_ascii=False),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html, encoding="utf-8")
+
+
+def _training_part(training: Training) -> dict[str, Any]:
+    curves = {
+        name: [(row["step"], row[field]) for row in training.rows if row.get(field) is not None]
+        for name, field in (("training", "loss"), ("validation", "validation_loss"))
+    }
+    curves = {name: points for name, points in curves.items() if points}
+    samples = [
+        (step, [_url(Image.open(io.BytesIO(body)).convert("RGB")) for body in bodies])
+        for step, bodies in sorted(training.samples.items())
+    ]
+    drawing = Markup(lines(curves, "step", "loss")) if curves else None
+    return {"run": training.run, "curves": drawing, "samples": samples}
 
 
 def _rows(models: Sequence[Judged]) -> Iterator[list[Score | None]]:
@@ -152,7 +177,7 @@ def _nearest(model: Judged, storage: Storage) -> list[dict[str, Any]]:
     return [
         {
             "drawn": _drawn(storage, model, found.picture),
-            "training": _training(found.path),
+            "training": _training_picture(found.path),
             "name": found.name,
             "similarity": f"{found.similarity:.3f}",
         }
@@ -168,7 +193,7 @@ def _drawn(storage: Storage, model: Judged, number: int) -> str:
     return _url(Image.open(io.BytesIO(body)).convert("RGB"))
 
 
-def _training(path: str) -> str:
+def _training_picture(path: str) -> str:
     try:
         return _url(read_picture(path))
     except DataError:

@@ -99,6 +99,15 @@ def metrics(run: Storage) -> list[dict[str, Any]]:
         return []
 
 
+def samples(run: Storage) -> dict[int, list[bytes]]:
+    """The PNGs that the run drew of its fixed prompts, by step."""
+    found: dict[int, list[bytes]] = {}
+    for path in sorted(entry.path for entry in run.list("samples") if entry.path.endswith(".png")):
+        step = int(path.rsplit("/", 1)[-1].split("-")[0])
+        found.setdefault(step, []).append(run.read(path))
+    return found
+
+
 def differences(first: RunRecord, second: RunRecord) -> list[tuple[str, Any, Any]]:
     """(dotted path, value in the first, value in the second) of every setting and result that differs."""
     a, b = _flat(_comparable(first)), _flat(_comparable(second))

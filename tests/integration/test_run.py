@@ -195,3 +195,14 @@ def test_pictures_and_a_profile_are_kept_with_the_run(tiny_base, tiny_pictures, 
     assert names == {f"{step:08d}-{number:02d}.png" for step in (0, 7) for number in (0, 1)}
     assert all(Image.open(path).size == (64, 64) for path in (store / "runs/run/samples").iterdir())
     assert "traceEvents" in (store / "runs/run/profile.json").read_text()
+
+
+def test_a_run_whose_storage_is_a_bucket(tiny_base, tiny_pictures, s3, tmp_path):
+    """Caches, checkpoints and version on S3; the cluster is the command's own, whose processes inherit the credentials."""
+    path = toml(tmp_path, tiny_base, tiny_pictures, scale__workers=2, scale__zero_stage=1)
+    body = json_of(raysd("train", str(path), "--name", "run", "--json", storage=s3))
+    assert (body["status"], body["checkpoint"], body["version"]) == ("finished", 6, "cats@1")
+    words = ["--prompt", "a cat", "--steps", "2", "--out", str(tmp_path / "cat.png")]
+    done = raysd("generate", "cats@1", *words, storage=s3, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "cat.png").exists()

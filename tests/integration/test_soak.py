@@ -62,7 +62,7 @@ def _disturbed_run(path, store, address, chooser) -> int:
             return kills
 
 
-def test_20_000_pictures_on_s3_train_with_bounded_memory(tiny_base, ray_address, s3, tmp_path):
+def test_20_000_pictures_on_s3_train_with_bounded_memory(tiny_base, s3, tmp_path):
     files = fsspec.filesystem("s3")
     rows = []
     for place, scene in enumerate(scenes(1, 20_000)):
@@ -86,7 +86,7 @@ def test_20_000_pictures_on_s3_train_with_bounded_memory(tiny_base, ray_address,
         "1",
     ]
     before = psutil.disk_usage("/tmp").used
-    process = start(*words, storage=f"{s3}/store", address=ray_address)
+    process = start(*words, storage=f"{s3}/store")
     peaks: dict[str, int] = {}
     while process.poll() is None:
         for worker in psutil.process_iter(["cmdline", "memory_info"]):

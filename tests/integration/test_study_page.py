@@ -225,7 +225,7 @@ def test_from_two_models_to_results(tiny_base, tmp_path):
     [
         (["new", "tiny-sd", "tiny-sd"], "tiny-sd and tiny-sd: the same model"),
         (["new", "tiny-sd", "./nowhere"], "./nowhere: no such folder"),
-        (["new", "tiny-sd", "tiny-sd", "--prompts", "absent.txt"], "--prompts absent.txt: no such file"),
+        (["new", "tiny-sd", "tiny-sd", "--prompts", "absent.txt"], "prompts absent.txt: no such file"),
         (["serve", "absent"], "study absent: not in"),
         (["results", "absent"], "study absent: not in"),
         (["serve", "one", "--host", "0.0.0.0"], "--public"),

@@ -79,7 +79,7 @@ def assert_as_undisturbed(store: Path, undisturbed: tuple[dict[str, torch.Tensor
     assert losses(store)[-1] == metrics[-1]
 
 
-@pytest.mark.parametrize("step", [2, 8])
+@pytest.mark.parametrize("step", [2, pytest.param(8, marks=pytest.mark.soak)])
 def test_10_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray_address, undisturbed, tmp_path, step):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, step), process)
@@ -94,7 +94,7 @@ def test_10_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("step", [4, 10])
+@pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.soak), 10])
 def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
     path, ray_address, undisturbed, tmp_path, step
 ):
@@ -107,7 +107,7 @@ def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "runs stop"])
+@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.soak), "runs stop"])
 def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, undisturbed, tmp_path, how):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, 2), process)

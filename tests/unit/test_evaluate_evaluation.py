@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -14,7 +15,7 @@ from raysd.config import EvaluationSpec
 from raysd.errors import DataError, NotFound, RequestError, SpecError
 from raysd.evaluate.evaluation import evaluate, spec_of
 from raysd.evaluate.kept import of_version
-from raysd.evaluate.report import page, table
+from raysd.evaluate.report import Training, page, table
 from raysd.references import identity, locate
 from raysd.registry import Registry
 from raysd.storage import Storage
@@ -166,6 +167,19 @@ def test_the_page_opens_from_disk_and_holds_no_foreign_markup(found, storage, tm
     assert "&#34;steps&#34;: 2" in html, "the spec"
     for value in ("bundled judge tiny-clip", "equal sets: ", found.model.ref, found.against.ref):
         assert value in html
+
+
+def test_the_page_shows_how_the_version_was_trained(found, storage, tmp_path):
+    body = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(body, "PNG")
+    rows = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.4, "validation_loss": 0.3}]
+    page(found, storage, tmp_path / "plain.html")
+    page(found, storage, tmp_path / "page.html", Training("zorbs", rows, {0: [body.getvalue()], 2: [body.getvalue()]}))
+    plain, html = ((tmp_path / name).read_text("utf-8") for name in ("plain.html", "page.html"))
+    assert "Training run zorbs" in html
+    assert html.count("<svg") == plain.count("<svg") + 1
+    assert html.count("<img") == plain.count("<img") + 2
+    assert html.index("step 0") < html.index("step 2")
 
 
 def test_the_table_shows_intervals_and_escapes_foreign_text(found):
