@@ -64,7 +64,9 @@ class Batches:
         self.items, self.empty, self.source, self.sampler = items, empty, source, sampler
         self.spec, self.rank, self.world = spec, rank, world
         self.timesteps = len(schedule.alphas_cumprod)
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        # One thread: with a pool of its own here, OpenMP would count more threads than cores, and no thread of the model's
+        # pool would wait for work awake: half the speed on two cores.
+        self._reader = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def of(self, step: int) -> list[Batch]:

@@ -41,7 +41,7 @@ class PictureEncoder:
         self.autoencoder = self.family.autoencoder(located.folder).to(self.device)
         self.cache = TensorCache(storage.child(space))
         self.spec, self.augment = spec, spec.data.augment
-        self.readers = ThreadPoolExecutor(4)
+        self.readers = ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,))  # as in `batches`
 
     @torch.inference_mode()
     def __call__(self, rows: Rows) -> Rows:
