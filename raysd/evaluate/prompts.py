@@ -46,7 +46,7 @@ def unique(prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
 
 
 def _from_text(line: str, where: str) -> Prompt:
-    return Prompt(_checked(line, where).strip())
+    return Prompt(_checked(line, f"{where}: prompt").strip())
 
 
 def _from_json(line: str, where: str) -> Prompt:
@@ -61,7 +61,8 @@ def _from_json(line: str, where: str) -> Prompt:
         raise RequestError(f"{where}: prompt: required, and text")
     if negative is not None and not isinstance(negative, str):
         raise RequestError(f"{where}: negative: text or null")
-    return Prompt(_checked(prompt, where), None if negative is None else _checked(negative, where))
+    given = None if negative is None else _checked(negative, f"{where}: negative")
+    return Prompt(_checked(prompt, f"{where}: prompt"), given)
 
 
 def _checked(text: str, where: str) -> str:

@@ -268,7 +268,7 @@ def test_the_same_plan_is_the_same_study_and_another_is_refused(tmp_path):
         (b"", "0 prompts in it"),
         (b"\n \n", "0 prompts in it"),
         (b"fine\n\xff\xfe", "not a readable UTF-8 file"),
-        (b"fine\n\n" + b"x" * 2001, "line 3: at most 2,000 characters"),
+        (b"fine\n\n" + b"x" * 2001, "line 3: prompt: at most 2,000 characters"),
         (b"fine\na\x00b", "line 2: .*no NUL"),
     ],
 )
