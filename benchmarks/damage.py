@@ -12,7 +12,7 @@ from benchmarks import spawned
 from benchmarks.options import Options
 from benchmarks.results import Result, Table, Target
 
-STRENGTHS = (0.0, 0.05, 0.1, 0.2)
+STRENGTHS = (0.0, 0.15, 0.3, 0.6)
 PICTURES, DATA = 256, 512
 MUST = ("validation_loss", "fid", "kid", "clip_score")
 OTHERS = ("inception_score", "precision", "recall")
