@@ -51,7 +51,7 @@ def losses(store: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in runs.metrics(store_of(store)) if "loss" in row]
 
 
-def wait_until(what: Callable[[], bool], process: "psutil.Popen | None" = None, seconds: float = 300) -> None:
+def wait_until(what: Callable[[], bool], process: "psutil.Popen | None" = None, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen"
