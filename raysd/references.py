@@ -53,11 +53,6 @@ def locate(ref: str, storage: Storage) -> Located:
     return _registered(Registry(storage).resolve(ref), storage)
 
 
-def located_version(version: Version, storage: Storage) -> Located:
-    """A version that was resolved already."""
-    return _registered(version, storage)
-
-
 def identity(folder: Path, *components: str) -> str:
     """sha256 over the names and bytes of a model's files (of the named components, or all): what it is, wherever it lies."""
     roots = [folder / component for component in components] if components else [folder]

@@ -47,5 +47,7 @@ def _training(ref: str) -> Any:
     if "@" not in ref:
         return None
     name = open_registry().resolve(ref).record.get("run", {}).get("name")
-    run = runs.storage_of(open_storage(), name) if name else None
-    return None if run is None else Training(name, runs.metrics(run), runs.samples(run))
+    if name not in runs.names(open_storage()):
+        return None
+    run = runs.storage_of(open_storage(), name)
+    return Training(name, runs.metrics(run), runs.samples(run))

@@ -34,7 +34,8 @@ def tune(
     changes = dotted(context.args)
     own = {path: value for path, value in changes.items() if path.split(".")[0] in SearchSpec.model_fields}
     spec = override(spec, own) if own else spec
-    training = override(recipe_of(spec.recipe), {path: value for path, value in changes.items() if path not in own})
+    rest = {path: value for path, value in changes.items() if path not in own}
+    training = override(recipe_of(spec.recipe), {**spec.training, **rest})
     _search(spec, training, name or Path(what).stem.lower(), retrain, as_json)
 
 

@@ -51,12 +51,13 @@ def search(
 ) -> Outcome:
     """Search, or go on with the search of that name; the best trial (each of the front) is published.
 
+    `training` is what each trial starts from: the recipe with `spec.training` and the command's own options in it.
+
     With `retrain` the best settings are trained again on all pictures for as many epochs as were best. Raises
     RequestError before anything starts, LeaseHeld if the search runs elsewhere.
     """
     store = records.storage_of(root, name)
     existing = _existing(root, name, spec, training)
-    training = override(training, spec.training)
     check_space(spec, training)
     if spec.searcher.kind == "optuna":
         check_choices(spec)
@@ -302,7 +303,7 @@ def _existing(root: Storage, name: str, spec: SearchSpec, training: TrainingSpec
         record = records.read(root, name)
     except NotFound:
         return None
-    if record.search_spec() != spec:
+    if record.search_spec() != spec or record.training_spec() != training:
         raise RequestError(
             f"search {name} exists with other settings\n"
             f"choose another --name, or go on with it as it is: raysd tune resume {name}"

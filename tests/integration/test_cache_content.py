@@ -106,6 +106,22 @@ def test_03_each_latent_keeps_its_own_caption_after_shuffling(world):
             assert torch.equal(batch.latents[row], sample_posterior(moments[None], drawn.posterior[None], 1.0)[0])
 
 
+def test_the_thread_that_reads_ahead_has_no_pool_of_threads(world):
+    """With one, OpenMP would count more threads than cores, and the model's own pool would sleep between two pieces of work."""
+    spec, root, _ = world
+    plan = plan_of(spec, root)
+    source = Source(TensorCache(root.child(plan.latents)), TensorCache(root.child(plan.text)), (1.0, 0.0))
+    schedule = locate(spec.base, root).family.noise_schedule(locate(spec.base, root).folder)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batches = Batches(plan.train, plan.empty, source, Sampler(6, 6, seed=0), schedule, spec, 0, 1)
+        assert batches._reader.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 2, "the model keeps its own"
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_05_caption_dropout_is_drawn_each_step(world):
     spec, root, _ = world
     spec = override(spec, {"loss.caption_dropout": 0.5, "optim.batch_size": 6})

@@ -4,12 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
 from raysd.config import SearchSpec, load, override, read_toml
 from raysd.errors import NotFound, RaysdError, RequestError, SpecError
 from raysd.storage import Storage
 from raysd.tune import records, report
 from raysd.tune.records import SearchRecord, TrialRecord
+from raysd.tune.search import search
 from raysd.tune.space import check_choices, check_space, key_of
 from tests.cluster import raysd
 
@@ -160,6 +162,32 @@ def test_records_survive_being_written(tmp_path, training):
         records.read(Storage(str(tmp_path)), "other")
     with pytest.raises(RaysdError, match="search name"):
         records.read(Storage(str(tmp_path)), "../up")
+
+
+def test_a_search_of_that_name_with_another_training_is_refused(tmp_path, training):
+    root, spec = Storage(str(tmp_path)), spec_of()
+    record = SearchRecord("s", spec.model_dump(mode="json"), training.model_dump(mode="json"))
+    records.write(records.storage_of(root, "s"), record)
+    with pytest.raises(RequestError, match="search s exists with other settings"):
+        search(spec, override(training, {"optim.steps": 7}), "s", root, print)
+
+
+def test_what_the_command_says_goes_before_what_the_file_says(tmp_path, monkeypatch):
+    """The file sets optim.epochs for every trial; an option of the command replaces it."""
+    from raysd.cli import tune
+
+    seen = []
+    monkeypatch.setattr(
+        tune, "_search", lambda spec, training, name, retrain, as_json: seen.append(training.optim.epochs)
+    )
+    file = tmp_path / "s.toml"
+    file.write_text(
+        'recipe = "lora-demo"\nbudget = { trials = 2 }\n[training]\n"optim.epochs" = 48\n'
+        '[space]\n"optim.lr" = {kind="choice", values=[1e-3]}\n'
+    )
+    for words in ([], ["--optim.epochs", "4"]):
+        CliRunner().invoke(tune.app, [str(file), *words], catch_exceptions=False)
+    assert seen == [48, 4]
 
 
 def test_the_same_values_are_the_same_trial():
