@@ -60,6 +60,7 @@ def scatter(points: Sequence[tuple[Any, float]], x: str, y: str, log: bool = Fal
     axes.scatter([value if numbers else str(value) for value, _ in points], [height for _, height in points], s=14)
     if log and numbers:
         axes.set_xscale("log")
+        axes.tick_params(axis="x", which="minor", labelbottom=False)
     return _svg(figure)
 
 

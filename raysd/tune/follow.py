@@ -15,7 +15,7 @@ from raysd.storage import Storage
 from raysd.train.launch import Watch
 from raysd.tune import records
 from raysd.tune.records import cost_of
-from raysd.tune.space import key_of
+from raysd.tune.space import key_of, short
 from raysd.tune.trial import OVER, WORST
 
 
@@ -77,7 +77,7 @@ class Progress(Unsaved, Callback):
         self.done += 1
         if not result.get(OVER) and self.budget.spent is None:
             self.stopped.add(key_of(trial.config))
-        shown = "  ".join(f"{path} {value}" for path, value in trial.config.items())
+        shown = "  ".join(f"{path} {short(value)}" for path, value in trial.config.items())
         metric = self.spec.objective[0]
         cost = result.get(metric)
         value = f"no {metric}" if cost is None or cost >= WORST else f"{metric} {cost_of(metric, cost):.4f}"

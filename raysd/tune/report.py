@@ -1,5 +1,6 @@
 """A search's report: a table for the terminal, and one HTML file that opens from disk."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from raysd.config import SearchSpec
 from raysd.config.search import Choice, LogUniform
 from raysd.tune import records
 from raysd.tune.records import SearchRecord, TrialRecord, cost_of
-from raysd.tune.space import optuna_space
+from raysd.tune.space import optuna_space, short
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 FEWEST = 4
@@ -85,7 +86,7 @@ def table(record: SearchRecord, found: Sequence[TrialRecord]) -> RenderableType:
     rows = Table(*("", *spec.space, *spec.objective, "epochs", "status"), box=None)
     for number, trial in enumerate(_ordered(spec, found)[:MOST_ROWS], 1):
         scores = ["" if (value := trial.best(metric)) is None else f"{value:.4f}" for metric in spec.objective]
-        values = [_short(trial.values[path]) for path in spec.space]
+        values = [short(trial.values[path]) for path in spec.space]
         rows.add_row(str(number), *values, *scores, f"{trial.epochs:.1f}", trial.status)
     states = ", ".join(f"{count} {status}" for status, count in spent.trials.items())
     lines = [f"search {record.name}: {record.status}, {states or 'no trial yet'}"]
@@ -138,7 +139,16 @@ def _plots(record: SearchRecord, spec: SearchSpec, found: Sequence[TrialRecord])
         rows = [
             [*(_number(spec, path, trial) for path in spec.space), float(trial.best(metric) or 0)] for trial in scored
         ]
-        made.append(("Parallel coordinates", plots.parallel(rows, [*spec.space, metric], [row[-1] for row in rows])))
+        made.append(
+            (
+                "Parallel coordinates",
+                plots.parallel(
+                    rows,
+                    [*(_axis(spec, path) for path in spec.space), metric],
+                    [cost_of(metric, row[-1]) for row in rows],
+                ),
+            )
+        )
     if weights := importances(spec, found):
         made.append(("Importance of each parameter", plots.bars(weights, "share (PED-ANOVA)")))
     if len(record.nodes) > 1:
@@ -156,21 +166,24 @@ def _curves(found: Sequence[TrialRecord]) -> str:
     return plots.lines(curves, "epoch", name, ends)
 
 
-def _number(spec: SearchSpec, path: str, trial: TrialRecord) -> float:
-    """A place on the parameter's axis: its value, its logarithm, or the number of the choice."""
-    import math
+def _axis(spec: SearchSpec, path: str) -> str:
+    """What `_number` counts."""
+    if isinstance(spec.space[path], LogUniform):
+        return f"log10 {path}"
+    return f"{path}, which choice" if _counted(spec.space[path]) else path
 
+
+def _number(spec: SearchSpec, path: str, trial: TrialRecord) -> float:
+    """A place on the parameter's axis: its value, its logarithm, or the number of a choice that is no number."""
     value, domain = trial.values[path], spec.space[path]
     if isinstance(domain, LogUniform):
         return math.log10(value)
-    if isinstance(domain, Choice):
-        return float(list(domain.values).index(value))
-    return float(value)
+    return float(list(domain.extremes).index(value)) if _counted(domain) else float(value)
+
+
+def _counted(domain: Any) -> bool:
+    return isinstance(domain, Choice) and not all(isinstance(value, int | float) for value in domain.values)
 
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -206,8 +206,10 @@ class Driver:
         searcher: Any = None
         samples = spec.trials
         if spec.searcher.kind == "optuna":
+            import optuna
             from ray.tune.search.optuna import OptunaSearch
 
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
             tried = [trial.values for trial in records.trials(self.store)]
             both: dict[str, Any] = one or {"metric": metrics, "mode": ["min"] * len(metrics)}
             searcher = OptunaSearch(

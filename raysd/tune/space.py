@@ -18,6 +18,11 @@ def key_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode()).hexdigest()[:10]
 
 
+def short(value: Any) -> str:
+    """A parameter's value for people."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def ray_space(spec: SearchSpec) -> dict[str, Any]:
     """For Ray Tune's own random and grid search."""
     from ray import tune
