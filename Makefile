@@ -22,8 +22,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Unit tests on all cores, a thread each; those that start Ray, servers and browsers one after the other.
 test: lint
-	$(BIN)/pytest -m 'not soak and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not soak and not gpu' -n logical --dist loadfile tests/unit
+	$(BIN)/pytest -m 'not soak and not gpu' tests/integration
 
 soak: install
 	$(BIN)/pytest -m soak --timeout 7200

@@ -13,7 +13,22 @@ from raysd.quiet import quiet_libraries
 
 quiet_libraries()
 
-from benchmarks import asha, cache, damage, evaluation, gpu, memory, page, peer, results, step, workers  # noqa: E402
+from benchmarks import (  # noqa: E402
+    asha,
+    cache,
+    damage,
+    evaluation,
+    gpu,
+    memory,
+    onnx,
+    page,
+    peer,
+    results,
+    scheduler,
+    service,
+    step,
+    workers,
+)
 from benchmarks.options import Options, Skipped  # noqa: E402
 
 BENCHMARKS: dict[str, ModuleType] = {
@@ -25,6 +40,9 @@ BENCHMARKS: dict[str, ModuleType] = {
     "evaluation": evaluation,
     "damage": damage,
     "asha": asha,
+    "onnx": onnx,
+    "scheduler": scheduler,
+    "service": service,
     "gpu": gpu,
 }
 EXTRA = {"peer": " --peer-script train_text_to_image_lora.py --peer-python PYTHON"}

@@ -27,6 +27,8 @@ SD15: dict[str, Any] = {
 }
 """Stable Diffusion 1.5's U-Net, 860 M parameters; diffusers' defaults for the rest are its own."""
 
+TOKENS = 77
+"""Of a prompt, in Stable Diffusion 1.5."""
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -40,6 +42,69 @@ def _tiny(folder: Path) -> None:
     from raysd.assets.make.skeleton import build
 
     build(folder)
+
+
+def lora_of(base: Path, out: Path, seed: int, rank: int = 4) -> Path:
+    """An adapter file of random weights that change the base's pictures visibly."""
+    import torch
+
+    from raysd.config import TrainingSpec, load
+    from raysd.methods.lora import Lora
+    from raysd.models import family_of
+
+    method = {"kind": "lora", "rank": rank}
+    values = {"base": str(base), "data": {"source": "."}, "optim": {"lr": 1e-4, "steps": 1}, "method": method}
+    spec = load(TrainingSpec, {**values, "seed": seed})
+    module = Lora().build(family_of(base), base, spec)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randn(value.shape, generator=generator) * 0.3
+        for name, value in module.named_parameters()
+        if value.requires_grad
+    }
+    out.mkdir(parents=True)
+    Lora().write(family_of(base), base, weights, spec, out)
+    return next(out.iterdir())
+
+
+def whole(folder: Path, shape: dict[str, Any]) -> Path:
+    """A folder with a U-Net of this shape and small other components around it."""
+    spawned.alone(_whole, folder, shape)
+    return folder
+
+
+def _whole(folder: Path, shape: dict[str, Any]) -> None:
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from raysd.assets.make.skeleton import autoencoder
+    from raysd.assets.make.tokenizer import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = TOKENS
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape["cross_attention_dim"],
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    StableDiffusionPipeline(
+        vae=autoencoder(),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(**shape),
+        scheduler=DDIMScheduler.from_config(SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
 
 
 def denoiser_only(folder: Path, shape: dict[str, Any]) -> Path:

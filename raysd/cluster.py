@@ -41,7 +41,7 @@ def join(most_workers: int) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise RequestError(f"RAY_ADDRESS {address or '(local)'}: no Ray cluster: {reason}") from None
-    for name in ("ray", "ray.train", "ray.data"):
+    for name in ("ray", "ray.train", "ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -3,10 +3,15 @@
 Tables are declared on `Base` by the module whose subject they are; each change of them is a file in raysd/migrations.
 """
 
+import base64
 import fcntl
+import hashlib
 import os
+import re
+import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,9 @@ BUSY = 30.0
 """Seconds for which a writer waits for another one on SQLite."""
 MIGRATION_LOCK = 0x7261797364
 """The advisory lock on PostgreSQL that a migration holds: "raysd" in ASCII."""
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+Clock = Callable[[Session], float]
+"""Epoch seconds, asked within a transaction."""
 REMEDY = "set RAYSD_DATABASE to sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME"
 
 
@@ -148,6 +156,30 @@ def upsert(session: Session, table: type[Base], values: Mapping[str, Any], key: 
     statement = dialect.insert(table).values(**values)
     changed = {name: statement.excluded[name] for name in values if name not in key}
     session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=changed))
+
+
+def take_turns(session: Session, name: str) -> None:
+    """Wait for other transactions that named the same, and hold them up until this one ends. SQLite's writers do so anyway."""
+    if session.get_bind().dialect.name == "postgresql":
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big", signed=True)
+        session.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def now(session: Session) -> float:
+    """Epoch seconds by the clock that all who use the database share: its own, or on SQLite this machine's."""
+    if session.get_bind().dialect.name != "postgresql":
+        return time.time()
+    return float(session.execute(text("SELECT extract(epoch FROM clock_timestamp())")).scalar_one())
+
+
+def storable(text: str) -> bool:
+    """Whether both databases hold it: no NUL and no half characters, which JSON can spell."""
+    return _UNSTORABLE.search(text) is None
+
+
+def new_id() -> str:
+    """26 characters of a-z and 2-7 that nobody guesses: 128 random bits."""
+    return base64.b32encode(secrets.token_bytes(16)).decode().rstrip("=").lower()
 
 
 def _beside(storage: Storage) -> str:

@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,17 @@ def save_png(image: Image.Image, path: Path, located: Located, request: Request)
 
 def png(image: Image.Image, located: Located, request: Request) -> bytes:
     """The bytes of `save_png`'s file."""
-    info = PngInfo()
-    info.add_text("raysd", json.dumps({"model": located.ref, "digest": _digest(located), **asdict(request)}))
+    info = metadata({"model": located.ref, "digest": _digest(located), **asdict(request)})
     body = io.BytesIO()
     image.save(body, "PNG", pnginfo=info)
     return body.getvalue()
+
+
+def metadata(values: Mapping[str, Any]) -> PngInfo:
+    """What a PNG file of ours says of itself, as JSON under the word raysd."""
+    info = PngInfo()
+    info.add_text("raysd", json.dumps(values))
+    return info
 
 
 def _digest(located: Located) -> str | None:

@@ -28,6 +28,14 @@ class NotFound(RequestError):
     """A run, model, version, alias or file that was named does not exist."""
 
 
+class TooMany(RequestError):
+    """A limit is reached: the same request may succeed in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float = 60.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class StorageError(RaysdError):
     """The store refused or failed."""
 

@@ -30,6 +30,20 @@ def ray_address() -> Iterator[str]:
     ray.shutdown()
 
 
+_drivers: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_driver_outlives_its_test() -> Iterator[None]:
+    """One that a failed test left would keep the cluster's CPUs from all tests after it."""
+    yield
+    while _drivers:
+        driver = _drivers.pop()
+        if driver.poll() is None:
+            driver.kill()
+            driver.communicate()
+
+
 def raysd(
     *words: str, storage: Path | str, address: str | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -45,7 +59,10 @@ def start(*words: str, storage: Path | str, address: str | None = None, **enviro
     if address:
         values["RAY_ADDRESS"] = address
     command = [sys.executable, "-c", "from raysd.cli import main; main()", *words]
-    return subprocess.Popen(command, env=values, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=values, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if words[0] in ("train", "tune", "runs"):
+        _drivers.append(process)
+    return process
 
 
 def json_of(done: subprocess.CompletedProcess[str]) -> Any:

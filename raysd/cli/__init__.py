@@ -7,18 +7,20 @@ from pathlib import Path
 
 import typer
 
-from raysd.cli import data, evaluate, models, study, train, tune
+from raysd.cli import data, evaluate, feedback, keys, models, serve, study, train, tune
 from raysd.console import errors
 from raysd.errors import RaysdError
 from raysd.quiet import native_logs, patient_collector, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for verbs in (train.app, tune.app, evaluate.app, models.app):
+for verbs in (train.app, tune.app, evaluate.app, models.app, serve.app):
     app.add_typer(verbs)
 app.add_typer(data.app, name="data")
 app.add_typer(train.runs_app, name="runs")
 app.add_typer(models.models_app, name="models")
 app.add_typer(study.study_app, name="study")
+app.add_typer(feedback.feedback_app, name="feedback")
+app.add_typer(keys.keys_app, name="keys")
 
 
 def main() -> None:

@@ -73,6 +73,19 @@ def models_withdraw(ref: str, reason: Annotated[str, typer.Option(help="Why; kep
     out.print(f"withdrew {version.ref}")
 
 
+@models_app.command("sign")
+def models_sign(
+    ref: str, key: Annotated[Path, typer.Option(help="Ed25519 private key, PEM: openssl genpkey -algorithm ed25519.")]
+) -> None:
+    """Vouch for a version: services that name your public key as a signer load it."""
+    from raysd.registry import signing
+
+    registry = open_registry()
+    version = registry.resolve(ref)
+    name = signing.sign(registry.storage, version, signing.read_key(key))
+    out.print(f"signed {version.ref} as {name}", soft_wrap=True)
+
+
 @models_app.command("verify")
 def models_verify(ref: str, as_json: Json = False) -> None:
     """Compare a version's files with their digests."""
@@ -123,18 +136,36 @@ def generate(
 @app.command()
 def export(
     ref: str,
-    to: Annotated[Path, typer.Option("--out", help="Folder or file to write; must not exist.")],
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder or file to write; must not exist. onnx: kept with the version if not given."
+        ),
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
-            "--format", help="diffusers: a folder for from_pretrained. kohya: a LoRA file for A1111, ComfyUI."
+            "--format",
+            help="diffusers: a folder for from_pretrained. kohya: a LoRA file for A1111, ComfyUI. "
+            "onnx: graphs for ONNX Runtime, a LoRA merged in.",
         ),
     ] = "diffusers",
+    precision: Annotated[str | None, typer.Option(help="onnx: fp32 (if not given), fp16 or int8.")] = None,
 ) -> None:
     """Write a model for other programs."""
     from raysd.export import EXPORTS
 
-    if form not in EXPORTS:
-        raise RequestError(f"--format {form}: one of {', '.join(EXPORTS)}")
+    if form not in (*EXPORTS, "onnx"):
+        raise RequestError(f"--format {form}: one of {', '.join(EXPORTS)}, onnx")
+    if form == "onnx":
+        from raysd.export.kept import export_onnx
+
+        with Watcher() as watch:
+            out.print(export_onnx(ref, open_storage(), to, precision or "fp32", watch), soft_wrap=True)
+        return
+    if to is None or precision is not None:
+        raise RequestError(
+            f"--out: --format {form} needs it" if to is None else "--precision: --format onnx alone has it"
+        )
     EXPORTS[form](ref, open_storage(), to)
     out.print(str(to), soft_wrap=True)

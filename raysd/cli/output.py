@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from typing import Annotated, Any
 
 import typer
@@ -44,6 +45,11 @@ def show(body: Any, as_json: bool, render: Callable[[], Any]) -> None:
         print(json.dumps(body), file=RESULT)
     else:
         out.print(render())
+
+
+def when(seconds: float | None) -> str | None:
+    """Epoch seconds as local date and time."""
+    return None if seconds is None else datetime.fromtimestamp(seconds).isoformat(" ", "seconds")
 
 
 def table(rows: list[dict[str, Any]], *columns: str) -> Table:

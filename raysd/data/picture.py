@@ -42,7 +42,8 @@ def read_picture(path: str, limit_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         return decode(body, limit_pixels).picture
     except DataError as error:
-        raise DataError(f"{shown(path)}: {error}") from None
+        end = path if len(path) <= 80 else "…" + path[-79:]  # the file's name says more than where the folder lies
+        raise DataError(f"{shown(end)}: {error}") from None
 
 
 def decode(body: bytes, limit_pixels: int = MAX_PIXELS, at_least: int | None = None) -> Decoded:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from raysd.errors import RequestError
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -16,6 +18,26 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     prediction: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Of pictures and latents: latent channels, pixels a latent, and the sizes in pixels that can be drawn."""
+
+    channels: int
+    factor: int
+    size: int
+    """Each side, where none is asked for."""
+    unit: int
+    """Sides are multiples of it."""
+
+    def latents(self, width: int | None, height: int | None) -> tuple[int, int, int]:
+        """(C, h, w) for a picture of so many pixels. Raises RequestError for a size that cannot be drawn."""
+        for name, side in (("width", width), ("height", height)):
+            if side is not None and side % self.unit:
+                fits = f"this model draws multiples of {self.unit} pixels; its own size is {self.size}"
+                raise RequestError(f"{name} {side}: {fits}")
+        return self.channels, (height or self.size) // self.factor, (width or self.size) // self.factor
 
 
 class Family(Protocol):
@@ -37,9 +59,25 @@ class Family(Protocol):
 
     def text_encoder(self, folder: Path) -> nn.Module: ...
 
+    def blank_denoiser(self, folder: Path) -> nn.Module:
+        """From its configuration alone, on whatever device torch's context names."""
+        ...
+
+    def blank_text_encoder(self, folder: Path) -> nn.Module: ...
+
+    def text_shape(self, folder: Path) -> tuple[int, int]:
+        """(L, D) of `conditioning`, from the configurations."""
+        ...
+
     def tokenizer(self, folder: Path) -> Any: ...
 
     def noise_schedule(self, folder: Path) -> NoiseSchedule: ...
+
+    def scheduler_config(self, folder: Path) -> dict[str, Any]:
+        """The configuration that samplers are made from."""
+        ...
+
+    def geometry(self, folder: Path) -> Geometry: ...
 
     def latent_scale(self, folder: Path) -> tuple[float, float]:
         """(scaling factor, shift factor) of the latents, from the autoencoder's configuration."""
@@ -47,6 +85,10 @@ class Family(Protocol):
 
     def moments(self, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the posterior: [B, 3, H, W] in [-1, 1] -> [B, 2C, h, w]."""
+        ...
+
+    def pixels(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
+        """Pictures of scaled latents: [B, C, h, w] -> [B, 3, H, W], about [-1, 1]"""
         ...
 
     def tokens(self, tokenizer: Any, captions: list[str]) -> Tensor:
@@ -72,3 +114,13 @@ class Family(Protocol):
     def lora_config(self, lora: Path) -> dict[str, Any]:
         """What an adapter file of `save_lora` says of itself: `r`, `lora_alpha`, `target_modules`."""
         ...
+
+    def add_adapter(self, denoiser: nn.Module, lora: Path, name: str) -> None:
+        """Put an adapter file on the denoiser under a name, beside those that are there; none is in use after it."""
+        ...
+
+    def use_adapter(self, denoiser: nn.Module, name: str | None) -> None:
+        """The denoiser with that adapter, or bare."""
+        ...
+
+    def remove_adapter(self, denoiser: nn.Module, name: str) -> None: ...

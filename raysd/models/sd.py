@@ -8,9 +8,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from raysd.models.base import NoiseSchedule
+from raysd.models.base import Geometry, NoiseSchedule
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+CLIP_TOKENS = 77
+"""Of a prompt, in every CLIP text encoder."""
 
 
 class StableDiffusion:
@@ -40,6 +42,22 @@ class StableDiffusion:
 
         return CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
 
+    def blank_denoiser(self, folder: Path) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+
+    def blank_text_encoder(self, folder: Path) -> nn.Module:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        return CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
+
+    def text_shape(self, folder: Path) -> tuple[int, int]:
+        width = json.loads((folder / "unet" / "config.json").read_text()).get("cross_attention_dim", 1280)
+        tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+        length = json.loads(tokenizer.read_text())["model_max_length"] if tokenizer.exists() else CLIP_TOKENS
+        return length, width
+
     def tokenizer(self, folder: Path) -> Any:
         from transformers import CLIPTokenizer
 
@@ -48,9 +66,18 @@ class StableDiffusion:
     def noise_schedule(self, folder: Path) -> NoiseSchedule:
         from diffusers import DDPMScheduler
 
-        config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        scheduler = DDPMScheduler.from_config(config)
+        scheduler = DDPMScheduler.from_config(self.scheduler_config(folder))
         return NoiseSchedule(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+
+    def scheduler_config(self, folder: Path) -> dict[str, Any]:
+        return dict(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+
+    def geometry(self, folder: Path) -> Geometry:
+        denoiser = json.loads((folder / "unet" / "config.json").read_text())
+        factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
+        # The U-Net halves its input once fewer than it has blocks; other sizes would not fit on the way up.
+        unit = factor * 2 ** (len(denoiser["block_out_channels"]) - 1)
+        return Geometry(denoiser["in_channels"], factor, denoiser["sample_size"] * factor, unit)
 
     def latent_scale(self, folder: Path) -> tuple[float, float]:
         config = json.loads((folder / "vae" / "config.json").read_text())
@@ -59,6 +86,12 @@ class StableDiffusion:
     def moments(self, autoencoder: nn.Module, pixels: Tensor) -> Tensor:
         encoder: Any = autoencoder
         return encoder.encode(pixels).latent_dist.parameters
+
+    def pixels(self, autoencoder: nn.Module, latents: Tensor) -> Tensor:
+        decoder: Any = autoencoder
+        config = decoder.config
+        unscaled = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        return decoder.decode(unscaled, return_dict=False)[0]
 
     def tokens(self, tokenizer: Any, captions: list[str]) -> Tensor:
         length = tokenizer.model_max_length
@@ -93,3 +126,19 @@ class StableDiffusion:
         with safe_open(lora, "pt") as file:
             header = json.loads(file.metadata()["lora_adapter_metadata"])
         return {name.removeprefix("unet."): value for name, value in header.items()}
+
+    def add_adapter(self, denoiser: Any, lora: Path, name: str) -> None:
+        denoiser.load_lora_adapter(lora.parent, weight_name=lora.name, prefix="unet", adapter_name=name)
+        denoiser.requires_grad_(False).eval()
+        self.use_adapter(denoiser, None)
+
+    def use_adapter(self, denoiser: Any, name: str | None) -> None:
+        if name is None:
+            if getattr(denoiser, "peft_config", None):
+                denoiser.disable_lora()
+            return
+        denoiser.enable_lora()
+        denoiser.set_adapter(name)
+
+    def remove_adapter(self, denoiser: Any, name: str) -> None:
+        denoiser.delete_adapters(name)

@@ -48,23 +48,31 @@ def _fetch_cached(storage: Storage, version: Version, cache: Path) -> Path:
 
 
 def _ensure(storage: Storage, version: Version, file: File, local: Path) -> None:
-    """`local` has the file's bytes. What is there already is digested too, and fetched again where it differs."""
-    if _same(local, file):
+    ensure(storage, blob_path(file.sha256), file, local, _what(version, file), "use another version")
+
+
+def ensure(storage: Storage, path: str, file: File, local: Path, what: str, remedy: str) -> None:
+    """`local` has the file's bytes. What is there already is digested too, and fetched again where it differs.
+
+    Raises IntegrityError of `what` and a `remedy` where the object at `path` is missing or has other bytes.
+    """
+    if is_same(local, file):
         return
     fresh = local.with_name(f".{local.name[:64]}.{uuid.uuid4().hex}")
     try:
-        storage.download(blob_path(file.sha256), fresh)
-        if not _same(fresh, file):
+        storage.download(path, fresh)
+        if not is_same(fresh, file):
             found = f"{fresh.stat().st_size} bytes, sha256 {sha256_of(fresh)[:12]}…"
-            raise IntegrityError(f"{_what(version, file)} is damaged in the store ({found}): use another version")
+            raise IntegrityError(f"{what} is damaged in the store ({found}): {remedy}")
         os.replace(fresh, local)
     except NotFound:
-        raise IntegrityError(f"{_what(version, file)} is missing in the store: use another version") from None
+        raise IntegrityError(f"{what} is missing in the store: {remedy}") from None
     finally:
         fresh.unlink(missing_ok=True)
 
 
-def _same(local: Path, file: File) -> bool:
+def is_same(local: Path, file: File) -> bool:
+    """Whether a local file has the size and the bytes that it should have."""
     try:
         return local.stat().st_size == file.size and sha256_of(local) == file.sha256
     except (FileNotFoundError, NotADirectoryError):

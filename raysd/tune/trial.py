@@ -11,7 +11,6 @@ from ray import tune
 
 from raysd.cluster import GROWS_TO
 from raysd.config import SearchSpec, TrainingSpec, override
-from raysd.errors import RaysdError
 from raysd.evaluate.prompts import Prompt
 from raysd.references import locate
 from raysd.storage import Storage
@@ -124,7 +123,7 @@ class SearchTrial(tune.Trainable):
         try:
             outcome = train(self.spec, self.record.run, self.root, self._watch, plan, self.asked.is_set)
             self.events.put(("end", self._scores() if outcome.finished else "interrupted"))
-        except (RaysdError, OSError, RuntimeError) as problem:
+        except Exception as problem:  # whatever it is: `step` waits for an end
             self.events.put(("end", problem))
 
     def _scores(self) -> dict[str, float]:
@@ -161,7 +160,7 @@ class SearchTrial(tune.Trainable):
         elif how == "interrupted":
             self._write(status="interrupted")
         else:
-            self._write(status="failed", reason=str(how))
+            self._write(status="failed", reason=str(how) or type(how).__name__)
         return self._result(self.record.reports[-1] if self.record.reports else {"epoch": 0.0}, over=True)
 
     def _result(self, report: dict[str, float], over: bool) -> dict[str, Any]:

@@ -23,7 +23,8 @@ def nodes(address):
 
 
 def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tiny_pictures, tmp_path):
-    changes = {"data__validation": 0.3, "scale__cpus": 1, "checkpoint__every": 4, "optim__steps": 4}
+    # Long enough that one trial does not end before the other one's node is up.
+    changes = {"data__validation": 0.3, "scale__cpus": 1, "checkpoint__every": 40, "optim__steps": 80}
     recipe = toml(tmp_path, tiny_base, tiny_pictures, **changes)
     space = {"optim.lr": {"kind": "choice", "values": [1e-4, 1e-3]}}
     file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={})

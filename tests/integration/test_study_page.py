@@ -12,9 +12,6 @@ from tests.cluster import json_of, raysd, start
 from tests.conftest import free_port
 from tests.studies import made, plan
 
-CHROMIUM = Path("/usr/bin/chromium")
-SWITCHES = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync"""
 NAME = "tabby-study"
 MARKUP = '<b id="bold">x</b><script>document.title = "owned"</script> {{ 7 * 7 }}'
 COUNT = 6
@@ -26,18 +23,6 @@ COLOUR = """picture => {
   const [red, green, blue] = context.getImageData(0, 0, 1, 1).data;
   return red > blue ? "red" : "blue";
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium here: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=SWITCHES.split())
-        yield launched
-        launched.close()
 
 
 class Server:

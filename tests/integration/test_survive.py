@@ -134,10 +134,10 @@ def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_
     assert second.returncode == 2
     assert f"process {process.pid}" in second.stderr
     assert len(second.stderr.strip().splitlines()) <= 3
-    # Somebody else takes the run over, as after a network cut: a higher token under the same name.
+    # Somebody else takes the run over, as after a network cut: a higher token, and a name that is not this process's.
     lease = tmp_path / "runs/run" / runs.LEASE
     body = json.loads(lease.read_text())
-    lease.write_text(json.dumps({**body, "token": body["token"] + 1}))
+    lease.write_text(json.dumps({**body, "token": body["token"] + 1, "nonce": "another"}))
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "Traceback" not in err

@@ -41,7 +41,10 @@ def refused(done):
         (["runs", "show", "nothing"], "run nothing: not in"),
         (["models", "show", "cats@9"], "cats@9"),
         (["generate", "tiny-sd", "--prompt", "x", "--out", "x.gif"], "--out x.gif: name a .png file"),
-        (["export", "tiny-sd", "--format", "onnx", "--out", "x"], "--format onnx: one of diffusers, kohya"),
+        (["export", "tiny-sd", "--format", "gguf", "--out", "x"], "--format gguf: one of diffusers, kohya, onnx"),
+        (["export", "tiny-sd", "--format", "onnx"], "tiny-sd: is no version in the registry"),
+        (["export", "tiny-sd", "--format", "onnx", "--precision", "int4", "--out", "x"], "--precision int4: one of"),
+        (["export", "tiny-sd", "--format", "kohya"], "--out: --format kohya needs it"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

@@ -1,0 +1,149 @@
+"""A client of a raysd service: draw, wait, say what one thinks of it.
+
+client = Client("http://127.0.0.1:8000")
+drawn = client.generate("a red circle", model="cats", seed=1)[0]
+drawn.save("circle.png")
+client.feedback(drawn.generation, thumb="up")
+"""
+
+import base64
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from raysd.errors import NotFound, RaysdError, RequestError, TooMany
+
+HERE = "http://127.0.0.1:8000"
+PATIENCE = 60.0
+"""Seconds for which a request is made again where the service is away, or says to come back."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture: PNG, and what drew it. `generation` is what feedback is given to."""
+
+    png: bytes
+    generation: str
+    seed: int
+    version: str | None
+    digest: str | None
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_bytes(self.png)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A request as it stands. `output` are links of its pictures that hold for a while; `generations` name them."""
+
+    id: str
+    status: str
+    output: list[str]
+    generations: list[str]
+    error: str | None
+    version: str | None
+    metrics: Mapping[str, Any]
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("succeeded", "failed", "canceled")
+
+
+class Client:
+    """Speaks to the service at `url` (RAYSD_URL), with an API `key` (RAYSD_KEY) unless it is this machine's own.
+
+    Every method raises RequestError (NotFound, TooMany) for what is refused, and RaysdError where the service failed or
+    stayed away for a minute. What is sent twice because an answer was lost is done once.
+    """
+
+    def __init__(self, url: str | None = None, key: str | None = None, *, timeout: float = 600.0) -> None:
+        url, key = url or os.environ.get("RAYSD_URL", HERE), key or os.environ.get("RAYSD_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
+
+    def models(self) -> list[str]:
+        """The names of the models that are served."""
+        return [model["id"] for model in self._ask("GET", "/v1/models")["data"]]
+
+    def generate(self, prompt: str, *, model: str | None = None, n: int = 1, **settings: Any) -> list[Drawn]:
+        """Draw and wait. `settings` as in OpenAI's Images API, and negative_prompt, num_inference_steps, seed, …"""
+        body = {"prompt": prompt, "model": model, "n": n, **settings}
+        made = self._ask("POST", "/v1/images/generations", body)["data"]
+        fields = ("generation", "seed", "version", "digest")
+        return [Drawn(base64.b64decode(image["b64_json"]), *(image[name] for name in fields)) for image in made]
+
+    def predict(self, prompt: str, *, model: str | None = None, **settings: Any) -> Prediction:
+        """Ask for pictures and come back for them. `settings` are those of /v1/predictions' input."""
+        asked = {"model": model, "input": {"prompt": prompt, **settings}}
+        return _prediction(self._ask("POST", "/v1/predictions", asked))
+
+    def get(self, id: str) -> Prediction:
+        """A prediction as it stands."""
+        return _prediction(self._ask("GET", f"/v1/predictions/{id}"))
+
+    def wait(self, id: str, timeout: float | None = None) -> Prediction:
+        """A prediction once it has ended. Raises TimeoutError after `timeout` seconds."""
+        began, pause = time.monotonic(), 0.05
+        while not (prediction := self.get(id)).ended:
+            if timeout is not None and time.monotonic() + pause > began + timeout:
+                raise TimeoutError(f"prediction {id}: {prediction.status} after {timeout:g} s")
+            time.sleep(pause)
+            pause = min(1.5 * pause, 1.0)
+        return prediction
+
+    def cancel(self, id: str) -> Prediction:
+        """Stop a prediction."""
+        return _prediction(self._ask("POST", f"/v1/predictions/{id}/cancel"))
+
+    def picture(self, generation: str) -> bytes:
+        """The PNG of a generation. Raises NotFound before it is drawn, and when it is kept no longer."""
+        return self._send("GET", f"/v1/generations/{generation}/picture").content
+
+    def feedback(self, generation: str, **said: Any) -> str:
+        """Say something of a generation: thumb ("up", "down"), stars (1 to 5), tags, text, report. Returns its id."""
+        return str(self._ask("POST", "/v1/feedback", {"generation": generation, **said})["id"])
+
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        answer: dict[str, Any] = self._send(method, path, body).json()
+        return answer
+
+    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+        body = {name: value for name, value in (body or {}).items() if value is not None} or None
+        headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
+        end, pause = time.monotonic() + PATIENCE, 0.2
+        while True:
+            try:
+                answer = self._http.request(method, path, json=body, headers=headers)
+                wait = float(answer.headers.get("Retry-After", pause))
+                if answer.status_code not in (429, 502, 503) or time.monotonic() + wait > end:
+                    return _checked(answer)
+            except httpx.TransportError as error:
+                wait = pause
+                if time.monotonic() + wait > end:
+                    raise RaysdError(f"{self._http.base_url}: {str(error) or type(error).__name__}") from None
+            time.sleep(wait)
+            pause = min(2 * pause, 5.0)
+
+
+def _checked(answer: httpx.Response) -> httpx.Response:
+    if answer.is_success:
+        return answer
+    try:
+        said = answer.json()
+        reason = said["error"]["message"] if "error" in said else said["detail"]
+    except (ValueError, KeyError, TypeError):
+        reason = f"answered {answer.status_code}"
+    if answer.status_code == 429:
+        raise TooMany(reason, float(answer.headers.get("Retry-After", 60)))
+    raise (NotFound if answer.status_code == 404 else RequestError if answer.is_client_error else RaysdError)(reason)
+
+
+def _prediction(said: Mapping[str, Any]) -> Prediction:
+    drawn, output = [each["generation"] for each in said["generations"]], said["output"] or []
+    return Prediction(said["id"], said["status"], output, drawn, said["error"], said["version_ref"], said["metrics"])

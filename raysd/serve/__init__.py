@@ -1,0 +1,1 @@
+"""Serving: a version in the registry answers over HTTP, batched by denoising step."""

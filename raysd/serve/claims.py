@@ -1,0 +1,143 @@
+"""How a prediction goes from hand to hand, each step within one transaction.
+
+starting -> processing -> succeeded | failed | canceled        processing -> starting: given back
+starting -> canceled | aborted                                 processing -> processing: the lease ended, another claims
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, or_, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from raysd.feedback.generations import record
+from raysd.serve.predictions import LIVE, Claim, Picture, Status
+from raysd.serve.rows import generation
+from raysd.serve.tables import PredictionRow
+
+LEASE = 15.0
+"""Seconds for which a claim holds unless it is renewed."""
+MOST_ATTEMPTS = 5
+"""Claims after which a prediction that none of them ended is given up."""
+AT_ONCE = 500
+"""Predictions that one transaction expires."""
+
+
+def take(
+    session: Session, now: float, worker: str, model: str, id: str | None, most: int, ticket: str
+) -> Sequence[PredictionRow]:
+    """Claim the oldest that are free. What was claimed with the same ticket is what is claimed: its answer was lost."""
+    of_model = PredictionRow.model == model
+    mine = select(PredictionRow).where(PredictionRow.status == "processing", of_model, PredictionRow.ticket == ticket)
+    rows = session.scalars(mine).all()
+    if rows:
+        return rows
+    free = select(PredictionRow).where(of_model, _free(now)).order_by(PredictionRow.created, PredictionRow.id)
+    if id is not None:
+        free = free.where(PredictionRow.id == id)
+    rows = session.scalars(free.limit(most).with_for_update(skip_locked=True)).all()
+    for row in rows:
+        row.status, row.worker, row.ticket, row.lease_end = "processing", worker, ticket, now + LEASE
+        row.token, row.attempt, row.started = row.token + 1, row.attempt + 1, row.started or now
+    return rows
+
+
+def renew(session: Session, now: float, claims: Sequence[Claim]) -> set[str]:
+    """Make the leases last; the ids of those that are still held and not asked to stop."""
+    held = tuple_(PredictionRow.id, PredictionRow.token).in_([(claim.id, claim.token) for claim in claims])
+    statement = update(PredictionRow).where(held, PredictionRow.status == "processing").values(lease_end=now + LEASE)
+    rows = session.execute(statement.returning(PredictionRow.id, PredictionRow.cancel_requested)).all()
+    return {id for id, cancel_requested in rows if not cancel_requested}
+
+
+def finish(
+    session: Session, now: float, claim: Claim, pictures: Sequence[Picture], metrics: dict[str, Any], keep: float | None
+) -> bool:
+    """Succeed with these pictures, which are kept for `keep` seconds (None: until they are deleted)."""
+    row = _locked(session, claim)
+    if row is None or row.status != "processing":
+        return row is not None and row.status == "succeeded"
+    kept_until = None if keep is None else now + keep
+    record(session, now, [generation(row, picture, now, kept_until) for picture in pictures])
+    row.metrics = metrics
+    end(row, now, "succeeded")
+    if pictures:
+        _drop_prompt(row)
+        row.user = None  # their generations hold both, so that deleting them deletes all that there is of a person
+    return True
+
+
+def stop(session: Session, now: float, claim: Claim, status: Status, error: str | None = None) -> bool:
+    """Fail, or cancel what the holder was asked to cancel."""
+    row = _locked(session, claim)
+    if row is None or row.status != "processing":
+        return row is not None and row.status == status
+    end(row, now, status, error)
+    return True
+
+
+def release(session: Session, now: float, claim: Claim) -> None:
+    """Give back what was not begun or cannot be finished: it waits again, and the attempt does not count."""
+    row = _locked(session, claim)
+    if row is None or row.status != "processing":
+        return
+    if row.cancel_requested:
+        end(row, now, "canceled")
+        return
+    row.status, row.worker, row.ticket, row.lease_end, row.attempt = "starting", None, None, None, row.attempt - 1
+
+
+def cancel(session: Session, now: float, id: str) -> PredictionRow | None:
+    """At once where nobody works on it; else its holder is asked to."""
+    row = session.get(PredictionRow, id, with_for_update=True)
+    if row is None or row.status not in LIVE:
+        return row
+    if row.lease_end is None or row.lease_end < now:
+        end(row, now, "canceled")
+    row.cancel_requested = True
+    return row
+
+
+def expire(session: Session, now: float) -> int:
+    """End what met its deadline, what its last holder left though it was to be cancelled, and what nobody gets done."""
+    late = and_(PredictionRow.status.in_(LIVE), PredictionRow.deadline <= now)
+    left = and_(PredictionRow.status == "processing", PredictionRow.lease_end < now)
+    hopeless = and_(left, or_(PredictionRow.cancel_requested, PredictionRow.attempt >= MOST_ATTEMPTS))
+    due = select(PredictionRow).where(or_(late, hopeless)).limit(AT_ONCE).with_for_update(skip_locked=True)
+    rows = session.scalars(due).all()
+    for row in rows:
+        if row.deadline is not None and row.deadline <= now:
+            end(row, now, "aborted" if row.started is None else "canceled", "its deadline passed")
+        elif row.cancel_requested:
+            end(row, now, "canceled")
+        else:
+            end(row, now, "failed", f"given up: claimed {row.attempt} times, and nobody finished it")
+    return len(rows)
+
+
+def end(row: PredictionRow, now: float, status: Status, error: str | None = None) -> None:
+    row.status, row.completed, row.lease_end, row.error = status, now, None, error
+    if row.withhold or row.shadow_of is not None:  # what a client sees and may delete has the prompt of its shadow
+        _drop_prompt(row)
+
+
+def _free(now: float) -> ColumnElement[bool]:
+    waiting = PredictionRow.status == "starting"
+    left = and_(
+        PredictionRow.status == "processing",
+        PredictionRow.lease_end < now,
+        PredictionRow.attempt < MOST_ATTEMPTS,
+        PredictionRow.cancel_requested.is_(False),
+    )
+    in_time = or_(PredictionRow.deadline.is_(None), PredictionRow.deadline > now)
+    return and_(or_(waiting, left), in_time)
+
+
+def _locked(session: Session, claim: Claim) -> PredictionRow | None:
+    """The row of a claim, or None where another one came after it. It may have ended."""
+    row = session.get(PredictionRow, claim.id, with_for_update=True)
+    return row if row is not None and row.token == claim.token else None
+
+
+def _drop_prompt(row: PredictionRow) -> None:
+    row.drawing = {**row.drawing, "prompt": "", "negative": ""}

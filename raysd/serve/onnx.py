@@ -1,0 +1,31 @@
+"""A model's networks in ONNX Runtime, for drawing: the other `Backend` beside `torch_backend`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from raysd.export.kept import base_of, make
+from raysd.export.runtime import Runtime
+from raysd.references import Located
+from raysd.storage import Storage
+
+
+class OnnxBackend(Runtime):
+    """A base from the export that is kept with it, every byte verified, and the adapters put on it."""
+
+    @classmethod
+    def open(
+        cls,
+        storage: Storage,
+        located: Located,
+        precision: str = "fp32",
+        *,
+        threads: int | None = None,
+        watch: Callable[[dict[str, Any]], None] = lambda event: None,
+    ) -> "OnnxBackend":
+        """The whole model at or below `located`; its export is made if there is none, which takes a minute or more.
+
+        A LoRA version is put on it with `add_adapter`. Raises IntegrityError, and RaysdError where the gate refuses.
+        """
+        base = base_of(located, storage)
+        export = make(storage, base, precision, watch)
+        return cls(export.folder, base.family, base.family.geometry(base.folder), threads=threads)

@@ -1,0 +1,108 @@
+"""What the queue takes and gives: requests that were accepted, the pictures that came of them, and the right to draw them."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from raysd.serve.drawing import Drawing
+
+Api = Literal["openai", "predictions"]
+Status = Literal["starting", "processing", "succeeded", "failed", "canceled", "aborted"]
+"""Replicate's words: `starting` waits in the queue; `aborted` met its deadline before anyone began it."""
+LIVE: tuple[Status, ...] = ("starting", "processing")
+
+
+@dataclass(frozen=True)
+class NewPrediction:
+    """A request to be accepted. `deadline` is in epoch seconds.
+
+    `body` is the request as it was sent, against which another one with the same `idempotency_key` is held; the API,
+    model and drawing if not given. `withhold`: the prompt is not kept once it has ended. `comparison` joins the two of a
+    blind comparison. `shadow_of`: drawn for its own sake, beside the prediction of that id, and seen by no client.
+    `request_id` and `traceparent` (W3C Trace Context) are those of the HTTP request that asked for it.
+    """
+
+    api: Api
+    model: str
+    ref: str
+    digest: str
+    drawing: Drawing
+    owner: str | None = None
+    user: str | None = None
+    deadline: float | None = None
+    webhook: str | None = None
+    webhook_events: tuple[str, ...] = ()
+    withhold: bool = False
+    idempotency_key: str | None = None
+    body: str | None = None
+    comparison: str | None = None
+    shadow_of: str | None = None
+    request_id: str | None = None
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Picture `number` of a prediction; `path` is in the storage, `sha256` of the file."""
+
+    number: int
+    path: str
+    sha256: str
+    seed: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A request as it stands. Times are epoch seconds; `pictures` are those that there are (still).
+
+    `drawing` is what `Drawing` takes; a prompt that is withheld or deleted is "" in it. `blind`: nobody may be told
+    which version draws it, until a choice was kept.
+    """
+
+    id: str
+    api: Api
+    owner: str | None
+    user: str | None
+    model: str
+    ref: str
+    digest: str
+    drawing: dict[str, Any]
+    status: Status
+    error: str | None
+    pictures: list[Picture]
+    metrics: dict[str, Any]
+    created: float
+    started: float | None
+    completed: float | None
+    deadline: float | None
+    cancel_requested: bool
+    attempt: int
+    webhook: str | None
+    webhook_events: list[str]
+    withhold: bool
+    shadow_of: str | None
+    comparison: str | None
+    blind: bool
+    request_id: str | None
+    traceparent: str | None
+
+    @property
+    def ended(self) -> bool:
+        return self.status not in LIVE
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A replica's right to work on a prediction: until its lease ends, or for longer if nobody else claims it."""
+
+    id: str
+    token: int
+    prediction: Prediction = field(compare=False)
+
+
+class Cursor(NamedTuple):
+    """Where a page of a list ended: the creation time and the id of its last prediction."""
+
+    created: float
+    id: str

@@ -1,0 +1,154 @@
+"""Accepted requests in the database: the one way for work to reach a replica, whichever processes die meanwhile."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import func, or_, select, tuple_
+from sqlalchemy.orm import Session
+
+from raysd import database as sql
+from raysd.data.words import shown
+from raysd.database import Clock, Database
+from raysd.errors import NotFound, RequestError
+from raysd.idempotency import Seal, seal
+from raysd.patience import Patient
+from raysd.serve import claims, limits, rows
+from raysd.serve.predictions import LIVE, Claim, Cursor, NewPrediction, Picture, Prediction
+from raysd.serve.tables import PredictionRow
+
+
+class Queue:
+    """The queue in a database. May be shared by threads.
+
+    Every method waits up to 30 seconds for a database that is away and raises StorageError then. Each may be made again
+    where its answer was lost. `keep_pictures`: seconds after which a picture's retention ends (None: never).
+    """
+
+    def __init__(self, database: Database, *, keep_pictures: float | None = None, clock: Clock = sql.now) -> None:
+        self._patient, self._keep = Patient(database, clock), keep_pictures
+
+    @property
+    def one_node(self) -> bool:
+        """Whether only the processes of one machine may share it: SQLite's file does not bear more."""
+        return self._patient.read(lambda session: session.get_bind().dialect.name == "sqlite")
+
+    def submit(self, new: NewPrediction) -> tuple[Prediction, bool]:
+        """Accept a request; whether it is new, or its key was seen before and the former one is returned.
+
+        Raises TooMany where a limit of the owner's key is reached, and RequestError for a key that was used for another
+        request or for text that cannot be kept.
+        """
+        for name in ("prompt", "negative"):
+            if not sql.storable(getattr(new.drawing, name)):
+                raise RequestError(f"{name}: holds a NUL or half a character (\\ud8xx alone); leave it out")
+        body = new.body or f"{new.api} {new.model} {new.drawing.model_dump_json()}"
+        mark = seal(new.idempotency_key, body, "prediction", new.owner) if new.idempotency_key is not None else None
+        id = sql.new_id()
+        return self._patient.write(lambda session, now: _submit(session, now, id, new, mark))
+
+    def get(self, id: str) -> Prediction:
+        """Raises NotFound."""
+        _check(id)
+        return self._patient.read(lambda session: rows.read(session, [_found(session.get(PredictionRow, id), id)])[0])
+
+    def ended(self, ids: Sequence[str]) -> list[Prediction]:
+        """Those of them that have ended."""
+        done = select(PredictionRow).where(PredictionRow.id.in_(ids), PredictionRow.status.not_in(LIVE))
+        return self._patient.read(lambda session: rows.read(session, session.scalars(done).all()))
+
+    def find(self, owner: str | None, before: Cursor | None, limit: int) -> list[Prediction]:
+        """A page, newest first, of an owner's or of all. What was drawn as a shadow is in no list."""
+        page = select(PredictionRow).where(PredictionRow.shadow_of.is_(None)).limit(limit)
+        if owner is not None:
+            page = page.where(PredictionRow.owner == owner)
+        if before is not None:
+            _check(before.id)
+            place = tuple_(PredictionRow.created, PredictionRow.id)
+            page = page.where(PredictionRow.created <= before.created, place < tuple_(*before))
+        page = page.order_by(PredictionRow.created.desc(), PredictionRow.id.desc())
+        return self._patient.read(lambda session: rows.read(session, session.scalars(page).all()))
+
+    def claim(self, worker: str, model: str, *, id: str | None = None, most: int = 1) -> list[Claim]:
+        """The right to work on the oldest of a model (or on `id` alone): those that wait, or whose lease has ended."""
+        ticket = sql.new_id()
+
+        def work(session: Session, now: float) -> list[Claim]:
+            taken = claims.take(session, now, worker, model, id, most, ticket)
+            session.flush()
+            tokens = [row.token for row in taken]
+            return [Claim(p.id, t, p) for p, t in zip(rows.read(session, taken), tokens, strict=True)]
+
+        return self._patient.write(work)
+
+    def renew(self, held: Sequence[Claim]) -> set[str]:
+        """Make their leases last another 15 seconds. The ids of those still held and not asked to stop."""
+        return self._patient.write(lambda session, now: claims.renew(session, now, held)) if held else set()
+
+    def finish(self, claim: Claim, pictures: Sequence[Picture], metrics: dict[str, Any]) -> bool:
+        """Succeed, and record the generations in the same transaction. False: another has the claim, or it was ended."""
+        return self._patient.write(
+            lambda session, now: claims.finish(session, now, claim, pictures, metrics, self._keep)
+        )
+
+    def fail(self, claim: Claim, error: str) -> bool:
+        """Fail. `error` is shown to the client, on one line. False as for `finish`."""
+        return self._patient.write(lambda session, now: claims.stop(session, now, claim, "failed", shown(error, 1000)))
+
+    def canceled(self, claim: Claim) -> bool:
+        """End what was asked to be cancelled. False as for `finish`."""
+        return self._patient.write(lambda session, now: claims.stop(session, now, claim, "canceled"))
+
+    def release(self, claim: Claim) -> None:
+        """Give back at once, for another to claim, without counting as an attempt."""
+        self._patient.write(lambda session, now: claims.release(session, now, claim))
+
+    def cancel(self, id: str) -> Prediction:
+        """Cancel at once what nobody works on; else ask its replica to. What has ended stays. Raises NotFound."""
+        _check(id)
+
+        def work(session: Session, now: float) -> Prediction:
+            return rows.read(session, [_found(claims.cancel(session, now, id), id)])[0]
+
+        return self._patient.write(work)
+
+    def expire(self) -> int:
+        """End those past their deadline, and those that were claimed too often. How many; again if it is many."""
+        return self._patient.write(claims.expire)
+
+    def waiting(self, model: str) -> int:
+        """Predictions of a model that nobody has claimed."""
+        here = select(func.count()).where(PredictionRow.status == "starting", PredictionRow.model == model)
+        return self._patient.read(lambda session: session.scalar(here) or 0)
+
+    def in_flight(self, owner: str) -> int:
+        """Predictions of an owner that have not ended."""
+        return self._patient.read(lambda session: limits.in_flight(session, owner))
+
+
+def _submit(session: Session, now: float, id: str, new: NewPrediction, mark: Seal | None) -> tuple[Prediction, bool]:
+    if mark is not None:
+        sql.take_turns(session, mark.name)
+    same = [PredictionRow.id == id, *([PredictionRow.seal_name == mark.name] if mark else [])]
+    former = session.scalars(select(PredictionRow).where(or_(*same))).one_or_none()
+    if former is not None:
+        if mark is not None and former.seal_body != mark.body:
+            raise RequestError("Idempotency-Key: was used for another request; give this one a key of its own")
+        return rows.read(session, [former])[0], former.id == id
+    if new.owner is not None and new.shadow_of is None:
+        limits.enforce(session, now, new.owner, new.drawing.count)
+    row = rows.new_row(id, new, mark, now)
+    session.add(row)
+    session.flush()
+    return rows.read(session, [row])[0], True
+
+
+def _check(id: str) -> None:
+    """PostgreSQL would refuse what cannot be an id."""
+    if not sql.storable(id):
+        _found(None, id)
+
+
+def _found(row: PredictionRow | None, id: str) -> PredictionRow:
+    if row is None:
+        raise NotFound(f"prediction {shown(id)}: there is none of that id")
+    return row

@@ -1,0 +1,155 @@
+"""A process that draws with one served model, as Ray Serve sees it."""
+
+import asyncio
+import logging
+import os
+import platform
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from raysd.config.serving import ModelSpec
+from raysd.errors import RaysdError
+from raysd.serve.metrics import Metrics
+
+if TYPE_CHECKING:
+    from raysd.references import Located
+    from raysd.serve.predictor import Predictor
+    from raysd.serve.routes import Target
+    from raysd.serve.torch_backend import Backend
+    from raysd.storage import Storage
+
+log = logging.getLogger(__name__)
+STUCK = 300.0
+"""Seconds without a denoising step, with work at hand, after which a replica is taken for stuck and replaced."""
+
+
+class Replica:
+    """Claims predictions of its model and draws them. Ready once the deployed version is loaded."""
+
+    def __init__(self, spec: ModelSpec, storage: str, database: str | None, keep: float, signers: Sequence[str] = ()):
+        from raysd.quiet import quiet_libraries
+
+        quiet_libraries()
+        from raysd.database import Database
+        from raysd.serve.pool import Pool
+        from raysd.serve.queue import Queue
+        from raysd.serve.routes import Routes
+        from raysd.serve.scheduler import Picture, Scheduler
+        from raysd.serve.worker import Worker
+        from raysd.storage import Storage
+
+        store = Storage(storage)
+        self.spec, self._metrics, model = spec, Metrics.to_ray(), spec.served_name
+
+        def stepped(batch: Sequence[Picture], seconds: float) -> None:
+            self._metrics.stepped(model, batch[0].label, seconds, len(batch))
+
+        def loaded(ref: str, seconds: float, adapter: bool) -> None:
+            self._metrics.loaded(model, ref, "succeeded")
+            if adapter:
+                self._metrics.lora_loaded(model, ref, seconds)
+
+        self._scheduler = Scheduler(spec.rows, spec.admitted, spec.waiting + spec.admitted * 10, stepped)
+        self._pool = Pool(
+            store, lambda located: open_base(spec, located, store), spec.bases, spec.adapters, loaded, signers
+        )
+        queue = Queue(Database(database, store), keep_pictures=keep)
+        name = f"{platform.node()}/{os.getpid()}"
+        self._worker = Worker(name, model, queue, store, self._pool, self._scheduler, self._metrics, spec.admitted)
+        self._routes = Routes(store, [spec])
+        for target in self._routes.targets():
+            self._load(target)
+        self._routes.on_change = self._load
+        self._worker.start()
+        self._metrics.ready(model)
+
+    async def draw(self, id: str) -> AsyncIterator[tuple[int, int, bytes]]:
+        """Draw a prediction if it is free, and tell of its previews (picture, index, PNG). Ends when it has ended."""
+        loop = asyncio.get_running_loop()
+        told: asyncio.Queue[tuple[int, int, bytes] | None] = asyncio.Queue()
+
+        def watch(number: int, index: int, png: bytes) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, (number, index, png))
+
+        work = await asyncio.to_thread(self._worker.take, id, watch)
+        if work is None:
+            return
+        work.add_done_callback(lambda _: loop.call_soon_threadsafe(told.put_nowait, None))
+        while (preview := await told.get()) is not None:
+            yield preview
+
+    def cancel(self, id: str) -> None:
+        """End a prediction at its next step, if it is drawn here."""
+        self._worker.cancel(id)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `scaling` goes by. Serve asks every few seconds."""
+        return {
+            "pictures": float(self._scheduler.load),
+            "occupancy": self._scheduler.occupancy,
+            "queued": float(self._worker.queued),
+        }
+
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        if self._scheduler.stuck(STUCK):
+            raise RuntimeError(f"no denoising step for {STUCK:.0f} s")
+
+    def __del__(self) -> None:
+        worker = getattr(self, "_worker", None)
+        if worker is not None:
+            self._metrics.ready(self.spec.served_name, yes=False)
+            self._routes.close()
+            worker.stop()
+
+    def _load(self, target: "Target") -> None:
+        """Load a version before it is asked for. One that cannot be loaded is refused when it is."""
+        try:
+            with self._pool.use(target.ref, target.digest) as ready:
+                if ready.adapter is None:
+                    warm(ready.predictor, self.spec.rows)
+        except RaysdError as error:
+            log.error("%s cannot be loaded: %s", target.ref, error)
+            self._metrics.loaded(self.spec.served_name, target.ref, "failed")
+
+
+def warm(predictor: "Predictor", rows: int) -> None:
+    """One step of a full batch and of a lone picture, so that the first picture is no slower than the next."""
+    from raysd.serve.drawing import Drawing
+
+    drawing = Drawing(prompt="", steps=1)
+    samples = [predictor.begin(drawing.of(number)) for number in range(max(2, rows // 2))]
+    predictor.advance(samples[:1], None)
+    predictor.advance(samples[1:], None)
+    predictor.pictures([samples[0].latents])
+
+
+def open_base(spec: ModelSpec, located: "Located", storage: "Storage") -> "Predictor":
+    """A predictor for the base at or below `located`, on this process's device."""
+    import torch
+
+    from raysd.serve.predictor import Predictor
+
+    torch.set_num_threads(max(1, int(spec.cpus)))
+    backend = _onnx(spec, located, storage) if spec.backend == "onnx" else _torch(spec, located)
+    return Predictor(located.family, located.folder, backend)
+
+
+def _torch(spec: ModelSpec, located: "Located") -> "Backend":
+    import torch
+
+    from raysd.serve.torch_backend import TorchBackend
+
+    device = torch.device("cuda" if spec.gpus and torch.cuda.is_available() else "cpu")
+    precision = spec.precision or ("bf16" if device.type == "cuda" else "fp32")
+    return TorchBackend(located.family, located.folder, device, precision, compiled=spec.compile)
+
+
+def _onnx(spec: ModelSpec, located: "Located", storage: "Storage") -> "Backend":
+    from raysd.serve.onnx import OnnxBackend
+
+    def say(event: dict[str, Any]) -> None:
+        if event["kind"] == "phase":
+            log.warning("%s: %s", located.ref, event["text"])
+
+    return OnnxBackend.open(storage, located, spec.precision or ("fp16" if spec.gpus else "fp32"), watch=say)

@@ -1,0 +1,217 @@
+"""The ingress's view of the service: requests are written to the database, and a replica is called to draw each.
+
+The call is a shortcut: it makes the work begin at once and brings the previews. What counts is the database, so a
+replica, the ingress or the database itself may go away meanwhile, and come back.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from raysd.errors import NotFound, RaysdError
+from raysd.feedback.generations import Generations
+from raysd.serve.http.desk import Ask, Busy, Ended, Event, Preview, Served
+from raysd.serve.metrics import Metrics
+from raysd.serve.predictions import NewPrediction, Prediction
+from raysd.serve.queue import Queue
+from raysd.serve.routes import Routes, Target
+from raysd.storage import Storage
+
+log = logging.getLogger(__name__)
+LOOK = 0.1
+"""Seconds between looks at the predictions that somebody waits for and no replica tells about."""
+COUNT = 1.0
+"""Seconds between counts of what waits."""
+TIDY = 3600.0
+"""Seconds between removals of what is kept no longer."""
+UPLOADS = "uploads"
+UPLOADS_KEPT = 7 * 86400.0
+"""Seconds for which pictures that were sent in are kept."""
+CALL_AGAIN = 2.0
+"""Seconds before a replica is called again for a prediction whose replica was lost, or that none had room for."""
+
+
+class Router:
+    """The service as the HTTP application sees it (`Desk`), in one event loop. `replicas` are Serve handles by model."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        storage: Storage,
+        routes: Routes,
+        replicas: Mapping[str, Any],
+        metrics: Metrics,
+        most_waiting: Mapping[str, int],
+        generations: Generations,
+    ):
+        self.queue, self.storage, self.routes, self.metrics = queue, storage, routes, metrics
+        self._replicas, self._most_waiting, self._generations = replicas, most_waiting, generations
+        self._waiting = dict.fromkeys(replicas, 0)
+        self._watchers: dict[str, list[asyncio.Queue[Event]]] = {}
+        self._calls: dict[str, asyncio.Task[None]] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to watch the database. In the event loop of the application."""
+        self._tasks = [asyncio.create_task(work()) for work in (self._look, self._count, self._tidy)]
+
+    async def close(self) -> None:
+        for task in [*self._tasks, *self._calls.values()]:
+            task.cancel()
+        self.routes.close()
+
+    def models(self) -> Sequence[Served]:
+        return self.routes.served()
+
+    async def submit(self, ask: Ask) -> Prediction:
+        target, shadows = await asyncio.to_thread(self.routes.choose, ask)
+        if self._waiting[ask.model] >= self._most_waiting[ask.model]:
+            self.metrics.refused(ask.model, target.ref)
+            raise Busy(f"{self._waiting[ask.model]} requests wait for {ask.model}: try again later", 5.0)
+        prediction, fresh = await asyncio.to_thread(self.queue.submit, self._new(ask, target))
+        if fresh:
+            self._call(prediction)
+            for shadow in shadows:
+                await self._shadow(ask, shadow, prediction)
+        return prediction
+
+    async def wait(self, id: str, timeout: float | None) -> Prediction:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                async for event in self.events(id):
+                    if isinstance(event, Ended):
+                        return event.prediction
+        return await asyncio.to_thread(self.queue.get, id)
+
+    async def events(self, id: str) -> AsyncIterator[Event]:
+        told: asyncio.Queue[Event] = asyncio.Queue()
+        self._watchers.setdefault(id, []).append(told)
+        try:
+            prediction = await asyncio.to_thread(self.queue.get, id)
+            if prediction.ended:
+                yield Ended(prediction)
+                return
+            while True:
+                event = await told.get()
+                yield event
+                if isinstance(event, Ended):
+                    return
+        finally:
+            self._watchers[id].remove(told)
+            if not self._watchers[id]:
+                del self._watchers[id]
+
+    async def cancel(self, id: str) -> Prediction:
+        prediction = await asyncio.to_thread(self.queue.cancel, id)
+        if not prediction.ended:  # its replica learns it within seconds anyway
+            self._replicas[prediction.model].cancel.remote(id)
+        return prediction
+
+    async def read(self, path: str) -> bytes:
+        return await asyncio.to_thread(self.storage.read, path)
+
+    async def keep_upload(self, png: bytes) -> str:
+        sha256 = hashlib.sha256(png).hexdigest()
+        await asyncio.to_thread(self.storage.write, f"{UPLOADS}/{sha256}.png", png)
+        return sha256
+
+    def _new(self, ask: Ask, target: Target, shadow_of: str | None = None) -> NewPrediction:
+        return NewPrediction(
+            api=ask.api,
+            model=ask.model,
+            ref=target.ref,
+            digest=target.digest,
+            drawing=ask.drawing,
+            owner=ask.owner,
+            user=ask.user,
+            deadline=ask.deadline,
+            webhook=None if shadow_of else ask.webhook,
+            webhook_events=() if shadow_of else ask.webhook_events,
+            withhold=ask.withhold,
+            idempotency_key=None if shadow_of else ask.idempotency_key,
+            body=None if shadow_of else ask.body,
+            comparison=None if shadow_of else ask.comparison,
+            shadow_of=shadow_of,
+            request_id=ask.request_id,
+            traceparent=ask.traceparent,
+        )
+
+    async def _shadow(self, ask: Ask, target: Target, of: Prediction) -> None:
+        """Draw it with another version besides. Its failure is nobody's."""
+        try:
+            prediction, _ = await asyncio.to_thread(self.queue.submit, self._new(ask, target, of.id))
+            self._call(prediction)
+        except RaysdError as error:
+            log.warning("shadow of %s: %s", of.id, error)
+
+    def _call(self, prediction: Prediction) -> None:
+        task = asyncio.get_running_loop().create_task(self._called(prediction.id, prediction.model))
+        self._calls[prediction.id] = task
+        task.add_done_callback(lambda _: self._calls.pop(prediction.id, None))
+
+    async def _called(self, id: str, model: str) -> None:
+        """Have a replica draw it, and another one if that is lost."""
+        while True:
+            try:
+                async for number, index, png in self._replicas[model].options(stream=True).draw.remote(id):
+                    self._tell(id, Preview(number, index, png))
+            except Exception as error:  # whatever a lost replica raises
+                log.warning("prediction %s: its replica was lost or failed: %s", id, error)
+            try:
+                prediction = await asyncio.to_thread(self.queue.get, id)
+            except NotFound:
+                return
+            except RaysdError:
+                prediction = None
+            if prediction is not None and prediction.ended:
+                self._tell(id, Ended(prediction))
+                return
+            await asyncio.sleep(CALL_AGAIN)
+
+    def _tell(self, id: str, event: Event) -> None:
+        for watcher in self._watchers.get(id, []):
+            watcher.put_nowait(event)
+
+    async def _look(self) -> None:
+        """Tell of what ended elsewhere: claimed by another replica's own accord, cancelled, expired."""
+        while True:
+            await asyncio.sleep(LOOK)
+            try:
+                if self._watchers:
+                    for prediction in await asyncio.to_thread(self.queue.ended, list(self._watchers)):
+                        self._tell(prediction.id, Ended(prediction))
+            except Exception as error:
+                log.warning("the database could not be asked: %s", error)
+
+    async def _count(self) -> None:
+        while True:
+            for model in self._waiting:
+                try:
+                    self._waiting[model] = await asyncio.to_thread(self.queue.waiting, model)
+                    self.metrics.queued(model, self._waiting[model])
+                except Exception as error:
+                    log.warning("the database could not be asked: %s", error)
+                    self.metrics.database_failed()
+            await asyncio.sleep(COUNT)
+
+    async def _tidy(self) -> None:
+        """Remove what retention no longer keeps, and what those left who lost their claim."""
+        while True:
+            await asyncio.sleep(TIDY)
+            try:
+                await asyncio.to_thread(self._generations.sweep)
+                before = datetime.now(UTC) - timedelta(days=2)
+                await asyncio.to_thread(self._generations.strays, before.strftime("%Y-%m-%d"))
+                await asyncio.to_thread(self._forget_uploads)
+            except Exception as error:
+                log.warning("old pictures could not be removed: %s", error)
+
+    def _forget_uploads(self) -> None:
+        now = self.storage.now()
+        for entry in self.storage.list(UPLOADS):
+            if now - entry.modified > UPLOADS_KEPT:
+                self.storage.delete(entry.path)

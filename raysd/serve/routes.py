@@ -1,0 +1,178 @@
+"""Which version a request belongs to: what the served references mean now, and how traffic is split between versions."""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from raysd.config.serving import ModelSpec
+from raysd.errors import NotFound, RaysdError, RequestError
+from raysd.references import identity, locate
+from raysd.registry import Registry, Version, traffic
+from raysd.registry.records import parse
+from raysd.serve.http.desk import Ask, Served, Share
+from raysd.storage import Storage
+
+log = logging.getLogger(__name__)
+REFRESH = 1.0
+"""Seconds after which a moved alias or a changed split is seen."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A version that draws."""
+
+    ref: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a served model means now. `base` is the identity of the base that its LoRA versions share."""
+
+    spec: ModelSpec
+    deployed: Target
+    created: float
+    base: str
+    split: traffic.Traffic
+    versions: Mapping[int, Target]
+
+
+class Routes:
+    """The routes of all served models, looked up anew in the background. May be shared by threads."""
+
+    def __init__(self, storage: Storage, models: Sequence[ModelSpec]):
+        self.storage, self.registry = storage, Registry(storage)
+        self._models = {model.served_name: model for model in models}
+        self._fixed: dict[str, tuple[Target, str]] = {}
+        self.on_change: Callable[[Target], None] = lambda target: None
+        """Told of each version that comes into use, from the thread that looks."""
+        self._routes = {name: self._look(model) for name, model in self._models.items()}
+        self._stop = threading.Event()
+        threading.Thread(target=self._refresh, name="routes", daemon=True).start()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def served(self) -> list[Served]:
+        """Every model with its versions, the largest share first."""
+        return [_served(name, route) for name, route in self._routes.items()]
+
+    def targets(self) -> list[Target]:
+        """Every version that is in use."""
+        return list({target: None for route in self._routes.values() for target in _targets(route)})
+
+    def choose(self, ask: Ask) -> tuple[Target, list[Target]]:
+        """The version that draws, and those that draw it besides as shadows.
+
+        Raises NotFound for a model, version or LoRA that is not served, RequestError for one that does not fit.
+        """
+        route = self._routes.get(ask.model)
+        if route is None:
+            raise NotFound(f"model: no {ask.model} is served; served here: {', '.join(sorted(self._routes))}")
+        if ask.lora is not None:
+            return self._lora(route, ask.lora), []
+        if ask.version is not None:
+            return self._named(route, ask.version), []
+        sticky = ask.user or ask.idempotency_key or secrets.token_hex(8)
+        number = route.split.version(sticky)
+        shadows = [route.versions[n] for n in route.split.shadows(sticky) if n in route.versions]
+        return route.versions.get(number, route.deployed) if number is not None else route.deployed, shadows
+
+    def _named(self, route: Route, version: str) -> Target:
+        for target in _targets(route):
+            if version in (target.ref, target.digest):
+                return target
+        model = route.spec.served_name
+        try:
+            found = self.registry.resolve(version)
+        except RaysdError:
+            raise NotFound(f"version: {model} has no version {version[:80]}") from None
+        if found.model != parse(route.spec.ref).model:
+            raise NotFound(f"version: {found.ref} is not a version of {model}")
+        return Target(found.ref, found.digest)
+
+    def _lora(self, route: Route, ref: str) -> Target:
+        """A LoRA version of the served base. Raises NotFound, RequestError."""
+        if not route.spec.loras:
+            raise RequestError(f"lora: {route.spec.served_name} is served without LoRA versions")
+        version = self.registry.resolve(ref)
+        if not _is_lora(version):
+            raise RequestError(f"lora: {version.ref} is a whole model; ask for it as model")
+        if version.record.get("base_digest") != route.base:
+            raise RequestError(f"lora: {version.ref} was trained on another base than {route.spec.served_name}'s")
+        return Target(version.ref, version.digest)
+
+    def _refresh(self) -> None:
+        while not self._stop.wait(REFRESH):
+            for name, model in self._models.items():
+                try:
+                    route = self._look(model)
+                    known, self._routes = self.targets(), self._routes | {name: route}
+                    for target in _targets(route):
+                        if target not in known:
+                            self.on_change(target)
+                except RaysdError as error:  # what was known goes on being served
+                    log.warning("%s: %s", name, error)
+
+    def _look(self, model: ModelSpec) -> Route:
+        fixed = self._outside(model.ref)
+        if fixed is not None:
+            return Route(model, fixed[0], 0.0, fixed[1], traffic.Traffic(), {})
+        version = self.registry.resolve(model.ref)
+        split = traffic.read(self.storage, version.model)
+        versions = {}
+        for number in {*split.shares, *split.shadow}:
+            try:
+                other = self.registry.resolve(f"{version.model}@{number}")
+            except RaysdError as error:  # withdrawn since: its share goes to the deployed version
+                log.warning("traffic of %s: %s", version.model, error)
+                continue
+            versions[number] = Target(other.ref, other.digest)
+        created = datetime.fromisoformat(version.created).timestamp()
+        return Route(model, Target(version.ref, version.digest), created, self._base(version), split, versions)
+
+    def _outside(self, ref: str) -> tuple[Target, str] | None:
+        """A model that is not in the registry, looked at once: it has one version, its bytes."""
+        if ref in self._fixed:
+            return self._fixed[ref]
+        try:
+            parse(ref)
+            registered = ref != "tiny-sd"
+        except RequestError:
+            registered = False
+        if registered:
+            return None
+        digest = identity(locate(ref, self.storage).folder)
+        self._fixed[ref] = Target(ref, digest), digest
+        return self._fixed[ref]
+
+    def _base(self, version: Version) -> str:
+        """The identity of what its LoRA versions would be trained on."""
+        if _is_lora(version):
+            return str(version.record["base_digest"])
+        if version.digest not in self._fixed:
+            self._fixed[version.digest] = Target(version.ref, version.digest), identity(self.registry.fetch(version))
+        return self._fixed[version.digest][1]
+
+
+def _is_lora(version: Version) -> bool:
+    return any(file.path.endswith("lora_weights.safetensors") for file in version.files)
+
+
+def _targets(route: Route) -> list[Target]:
+    return [route.deployed, *route.versions.values()]
+
+
+def _served(name: str, route: Route) -> Served:
+    shares = {route.versions[n]: part / 100 for n, part in route.split.shares.items() if n in route.versions}
+    left = 1 - sum(shares.values())
+    if left > 1e-9:
+        shares[route.deployed] = shares.get(route.deployed, 0) + left
+    ordered = sorted(shares.items(), key=lambda share: -share[1])
+    split = tuple(Share(target.ref, target.digest, weight) for target, weight in ordered)
+    created = route.created or time.time()
+    return Served(name, split[0].ref, split[0].digest, created, route.spec.loras, split)

@@ -1,0 +1,235 @@
+"""One replica's work: predictions claimed from the queue, drawn, written down. No Ray.
+
+A claim is renewed while its prediction is drawn. If this process dies another claims it after the lease; if it is only
+cut off, what it finishes after that is refused, so that each prediction ends once.
+"""
+
+import hashlib
+import io
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any
+
+from PIL import Image
+
+from raysd.draw import metadata
+from raysd.errors import RaysdError, StorageError
+from raysd.feedback.generations import FOLDER
+from raysd.serve.drawing import Drawing
+from raysd.serve.metrics import Metrics
+from raysd.serve.pool import Pool, Ready
+from raysd.serve.predictions import Claim, Prediction
+from raysd.serve.predictions import Picture as Kept
+from raysd.serve.queue import Queue
+from raysd.serve.scheduler import Busy, Canceled, Picture, Scheduler
+from raysd.storage import Storage
+
+log = logging.getLogger(__name__)
+RENEW = 2.0
+"""Seconds between renewals, which also tell what was cancelled; a lease lasts several."""
+LOOK = 1.0
+"""Seconds between looks for work that nobody was called for: left by the dead, or accepted while none was there."""
+
+Watch = Callable[[int, int, bytes], None]
+"""Gets previews: the number of the picture, the preview's index, PNG."""
+
+
+class Worker:
+    """Draws predictions of one served model. `most` pictures are in work at once."""
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        queue: Queue,
+        storage: Storage,
+        pool: Pool,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        most: int,
+    ):
+        self.name, self.model, self.queue, self.storage = name, model, queue, storage
+        self.pool, self.scheduler, self.metrics, self.most = pool, scheduler, metrics, most
+        self.queued = 0
+        """Predictions of the model that nobody has claimed, when it was last looked."""
+        self._claims: dict[str, tuple[Claim, list[Picture]]] = {}
+        self._lock = threading.Lock()
+        self._stop, self._room = threading.Event(), threading.Event()
+        self._hands = ThreadPoolExecutor(most, thread_name_prefix="prediction")
+        self._tender = threading.Thread(target=self._tend, name="claims", daemon=True)
+
+    def start(self) -> None:
+        self.scheduler.start()
+        self._tender.start()
+
+    def stop(self) -> None:
+        """Give back what is not finished: others draw it."""
+        self._stop.set()
+        self._room.set()
+        self.scheduler.stop()
+        self._hands.shutdown()
+        if self._tender.is_alive():
+            self._tender.join()
+
+    @property
+    def in_work(self) -> int:
+        return len(self._claims)
+
+    def take(self, id: str, watch: Watch | None = None) -> "Future[None] | None":
+        """Draw that prediction; the future ends with it. None: another has it, it has ended, or there is no room."""
+        if self._stop.is_set() or self.in_work >= self.most:
+            return None
+        begun = [self._begin(claim, watch) for claim in self.queue.claim(self.name, self.model, id=id)]
+        return begun[0] if begun else None
+
+    def _begin(self, claim: Claim, watch: Watch | None = None) -> "Future[None]":
+        with self._lock:
+            self._claims[claim.id] = claim, []
+        self.metrics.in_progress(self.model, self.in_work)
+        return self._hands.submit(self._draw, claim, watch)
+
+    def _draw(self, claim: Claim, watch: Watch | None) -> None:
+        """From a claim to its end, whatever happens."""
+        prediction = claim.prediction
+        try:
+            with self.pool.use(prediction.ref, prediction.digest) as ready:
+                images, times = self._drawn(claim, ready, watch)
+            kept = [self._keep(claim, number, image) for number, image in enumerate(images)]
+            if self.queue.finish(claim, kept, times):
+                self.metrics.drawn(self.model, prediction.ref, len(kept))
+                self._ended(prediction, "succeeded")
+        except Canceled:
+            self._gave_up(claim)
+        except (Busy, StorageError) as error:
+            log.warning("prediction %s goes back: %s", claim.id, error)
+            self._quietly(partial(self.queue.release, claim))
+        except FloatingPointError as error:
+            self.metrics.not_finite(self.model, prediction.ref, prediction.drawing["count"])
+            self._failed(claim, str(error))
+        except RaysdError as error:
+            self._failed(claim, str(error))
+        except Exception as error:
+            log.exception("prediction %s failed", claim.id)
+            self._failed(claim, f"{type(error).__name__}: the service's log says more")
+        finally:
+            with self._lock:
+                del self._claims[claim.id]
+            self.metrics.in_progress(self.model, self.in_work)
+            self._room.set()
+
+    def _drawn(self, claim: Claim, ready: Ready, watch: Watch | None) -> tuple[list[Image.Image], dict[str, Any]]:
+        prediction = claim.prediction
+        drawing = Drawing.model_validate(prediction.drawing)
+        inputs = {name: self._upload(getattr(drawing, name)) for name in ("image", "mask")}
+        pictures = [
+            Picture(
+                ready.predictor,
+                drawing.of(number),
+                adapter=ready.adapter,
+                deadline=prediction.deadline,
+                preview=partial(_preview, watch, number) if watch else None,
+                label=prediction.ref,
+                **inputs,
+            )
+            for number in range(drawing.count)
+        ]
+        with self._lock:
+            self._claims[claim.id] = claim, pictures
+        self.scheduler.submit(pictures)
+        wait([picture.future for picture in pictures])
+        images = [picture.future.result() for picture in pictures]
+        self.metrics.waited(self.model, prediction.ref, max(0.0, time.time() - prediction.created - pictures[0].spent))
+        return images, {"predict_time": max(picture.spent for picture in pictures)}
+
+    def _keep(self, claim: Claim, number: int, image: Image.Image) -> Kept:
+        """Write a picture, with what it was drawn by (not the prompt) in the file.
+
+        The claim's token is in its name: who has lost the claim writes over nobody's picture.
+        """
+        prediction = claim.prediction
+        drawing = Drawing.model_validate(prediction.drawing).of(number)
+        told = drawing.model_dump(include={"seed", "steps", "guidance", "sampler"})
+        body = io.BytesIO()
+        image.save(body, "PNG", pnginfo=metadata({"model": prediction.ref, "digest": prediction.digest, **told}))
+        day = datetime.fromtimestamp(prediction.created, UTC).strftime("%Y-%m-%d")
+        path = f"{FOLDER}/{day}/{claim.id}-{claim.token}-{number}.png"
+        self.storage.write(path, body.getvalue())
+        sha256 = hashlib.sha256(body.getvalue()).hexdigest()
+        return Kept(number, path, sha256, drawing.seed, image.width, image.height)
+
+    def _upload(self, sha256: str | None) -> bytes | None:
+        if sha256 is None:
+            return None
+        data = self.storage.read(f"uploads/{sha256}.png")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise RaysdError("the uploaded picture is damaged in the store: send it again")
+        return data
+
+    def _failed(self, claim: Claim, reason: str) -> None:
+        if self._quietly(partial(self.queue.fail, claim, reason)):
+            self._ended(claim.prediction, "failed")
+
+    def _gave_up(self, claim: Claim) -> None:
+        """Cancelled by its client or its deadline; or by us, because we stop or lost the claim."""
+        if self._stop.is_set():
+            self._quietly(partial(self.queue.release, claim))
+        elif self._quietly(partial(self.queue.canceled, claim)):
+            self._ended(claim.prediction, "canceled")
+
+    def _ended(self, prediction: Prediction, outcome: Any) -> None:
+        self.metrics.ended(self.model, prediction.ref, outcome, time.time() - prediction.created)
+
+    def _quietly(self, call: Callable[[], Any]) -> Any:
+        """What cannot be written down now is found by the lease's end."""
+        try:
+            return call()
+        except RaysdError as error:
+            log.warning("%s", error)
+            return None
+
+    def _tend(self) -> None:
+        renewed = time.monotonic()
+        while not self._stop.is_set():
+            self._room.wait(LOOK)
+            self._room.clear()
+            try:
+                if time.monotonic() - renewed >= RENEW:
+                    self._renew()
+                    renewed = time.monotonic()
+                self.queue.expire()
+                self.queued = self.queue.waiting(self.model)
+                if (room := self.most - self.in_work) > 0 and not self._stop.is_set():
+                    for claim in self.queue.claim(self.name, self.model, most=room):
+                        self._begin(claim)
+            except StorageError as error:
+                self.metrics.database_failed()
+                log.warning("%s", error)
+            except Exception:
+                log.exception("the queue could not be tended")
+
+    def _renew(self) -> None:
+        """Renew all claims; what is not ours any more, or was cancelled, ends."""
+        with self._lock:
+            claims = [claim for claim, _ in self._claims.values()]
+        held = self.queue.renew(claims) if claims else set()
+        for claim in claims:
+            if claim.id not in held:
+                self.cancel(claim.id)
+
+    def cancel(self, id: str) -> None:
+        """End a prediction that is drawn here at its next step."""
+        with self._lock:
+            found = self._claims.get(id)
+        for picture in found[1] if found else ():
+            picture.cancel()
+
+
+def _preview(watch: Watch, number: int, index: int, image: Image.Image) -> None:
+    body = io.BytesIO()
+    image.save(body, "PNG")
+    watch(number, index, body.getvalue())

@@ -1,0 +1,198 @@
+"""The models of a replica: versions share their base, what is in use stays, what was tampered with is not loaded."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from PIL import Image
+
+from raysd.errors import IntegrityError, RequestError
+from raysd.models import family_of
+from raysd.references import Located, identity
+from raysd.registry import Registry, signing
+from raysd.serve import pool as pools
+from raysd.serve.drawing import Drawing
+from raysd.serve.pool import Pool, Ready
+from raysd.serve.predictor import Predictor
+from raysd.serve.scheduler import Busy, Picture, Scheduler
+from raysd.serve.torch_backend import TorchBackend
+from tests.adapters import publish_lora
+from tests.versions import flip
+
+WISH = Drawing(prompt="a red circle", seed=1, steps=3, guidance=3)
+
+
+class Opener:
+    """Opens bases, and counts them."""
+
+    def __init__(self) -> None:
+        self.opened: list[Path] = []
+
+    def __call__(self, located: Located) -> Predictor:
+        self.opened.append(located.folder)
+        backend = TorchBackend(located.family, located.folder, torch.device("cpu"))
+        return Predictor(located.family, located.folder, backend)
+
+
+def drawn(ready: Ready) -> np.ndarray:
+    scheduler, picture = Scheduler(), Picture(ready.predictor, WISH, adapter=ready.adapter)
+    scheduler.submit([picture])
+    while scheduler.turn():
+        pass
+    return np.asarray(picture.future.result(0), dtype=int)
+
+
+def theirs(base: Path, lora: Path | None) -> np.ndarray:
+    """The picture of diffusers' pipeline."""
+    pipeline = family_of(base).pipeline(base, lora)
+    image: Image.Image = pipeline(
+        WISH.prompt,
+        generator=torch.Generator().manual_seed(WISH.seed),
+        num_inference_steps=WISH.steps,
+        guidance_scale=WISH.guidance,
+    ).images[0]
+    return np.asarray(image, dtype=int)
+
+
+def test_lora_versions_share_one_base_and_draw_what_diffusers_draws(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    first = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
+    second = publish_lora(registry, tiny_base, tmp_path / "2", seed=2, rank=4)
+    opener = Opener()
+    pool = Pool(registry.storage, opener)
+    pictures = {}
+    for ref, digest in ((first.ref, first.digest), (second.ref, second.digest), (str(tiny_base), identity(tiny_base))):
+        with pool.use(ref, digest) as ready:
+            pictures[ref] = drawn(ready)
+    with pool.use(first.ref, first.digest) as ready:  # again, after the others
+        assert np.array_equal(drawn(ready), pictures[first.ref])
+    assert opener.opened == [tiny_base]
+    file = "pytorch_lora_weights.safetensors"
+    for ref, lora in ((first.ref, tmp_path / "1" / file), (second.ref, tmp_path / "2" / file), (str(tiny_base), None)):
+        assert np.abs(pictures[ref] - theirs(tiny_base, lora)).max() <= 1, ref
+    assert np.abs(pictures[first.ref] - pictures[second.ref]).max() > 10
+
+
+def test_strangers_with_other_adapters_do_not_change_a_picture(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    versions = [publish_lora(registry, tiny_base, tmp_path / str(seed), seed) for seed in (1, 2)]
+    pool = Pool(registry.storage, Opener())
+    with pool.use(versions[0].ref, versions[0].digest) as one, pool.use(versions[1].ref, versions[1].digest) as two:
+        alone = [drawn(ready) for ready in (one, two)]
+        scheduler = Scheduler()
+        pictures = [Picture(ready.predictor, WISH, adapter=ready.adapter) for ready in (one, two, one, two)]
+        scheduler.submit(pictures)
+        while scheduler.turn():
+            pass
+    for picture, wanted in zip(pictures, alone * 2, strict=True):
+        assert np.abs(np.asarray(picture.future.result(0), dtype=int) - wanted).max() <= 1
+
+
+def test_what_is_in_use_survives_pressure(
+    registry: Registry, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "PATIENCE", 0.2)
+    versions = [publish_lora(registry, tiny_base, tmp_path / str(seed), seed) for seed in range(4)]
+    pool = Pool(registry.storage, Opener(), adapters=2)
+    with pool.use(versions[0].ref, versions[0].digest) as held:
+        before = drawn(held)
+        for version in versions[1:]:
+            with pool.use(version.ref, version.digest):
+                assert versions[0].digest in pool.loaded()
+        assert np.array_equal(drawn(held), before)
+        with (
+            pool.use(versions[1].ref, versions[1].digest),
+            pytest.raises(Busy),
+            pool.use(versions[2].ref, versions[2].digest),
+        ):
+            pass
+    with pool.use(versions[2].ref, versions[2].digest), pool.use(versions[3].ref, versions[3].digest):
+        assert versions[0].digest not in pool.loaded()
+
+
+def test_a_load_waits_until_something_becomes_unused(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    versions = [publish_lora(registry, tiny_base, tmp_path / str(seed), seed) for seed in range(2)]
+    pool, leave = Pool(registry.storage, Opener(), adapters=1), threading.Event()
+    taken = threading.Event()
+
+    def hold() -> None:
+        with pool.use(versions[0].ref, versions[0].digest):
+            taken.set()
+            leave.wait(60)
+
+    with ThreadPoolExecutor(1) as hands:
+        holding = hands.submit(hold)
+        assert taken.wait(60)
+        threading.Timer(0.3, leave.set).start()
+        with pool.use(versions[1].ref, versions[1].digest):
+            assert versions[0].digest not in pool.loaded()
+        holding.result(0)
+
+
+def test_a_version_in_use_is_pinned_against_collection(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    version = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
+    pool = Pool(registry.storage, Opener())
+    with pool.use(version.ref, version.digest):
+        registry.storage.delete(f"models/cats/versions/{version.number}.json")  # as if it were no version any more
+        registry.collect(grace=0)
+        assert all(registry.storage.exists(f"blobs/sha256/{f.sha256[:2]}/{f.sha256}") for f in version.files)
+
+
+def test_what_is_not_the_version_asked_for_is_not_loaded(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    version = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
+    pool = Pool(registry.storage, Opener())
+    with pytest.raises(IntegrityError, match="was asked for"), pool.use(version.ref, "0" * 64):
+        pass
+    registry.withdraw(version)
+    with pytest.raises(RequestError, match="withdrawn"), pool.use(version.ref, version.digest):
+        pass
+    other = publish_lora(registry, tiny_base, tmp_path / "2", seed=2)
+    root = Path(registry.storage.url)
+    flip(root / "blobs" / "sha256" / other.files[0].sha256[:2] / other.files[0].sha256)
+    with pytest.raises(IntegrityError, match="damaged"), pool.use(other.ref, other.digest):
+        pass
+
+
+def test_where_signatures_are_demanded_the_unsigned_and_the_forged_are_refused(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    ours, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    pool = Pool(registry.storage, Opener(), signers=(signing.public_name(ours),))
+    version = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
+
+    def refused(message: str) -> None:
+        with pytest.raises(IntegrityError, match=message), pool.use(version.ref, version.digest):
+            pass
+
+    refused("signed by none")
+    signing.sign(registry.storage, version, other)
+    refused("signed by none")
+    path = f"models/cats/signatures/{version.number}.json"
+    forged = {signing.public_name(ours): json.loads(registry.storage.read(path))[signing.public_name(other)]}
+    registry.storage.write(path, json.dumps(forged).encode())
+    refused("signed by none")
+    signing.sign(registry.storage, version, ours)
+    with pool.use(version.ref, version.digest):
+        pass
+    second = publish_lora(registry, tiny_base, tmp_path / "2", seed=2)  # with the first one's signature
+    registry.storage.write(f"models/cats/signatures/{second.number}.json", registry.storage.read(path))
+    with pytest.raises(IntegrityError, match="signed by none"), pool.use(second.ref, second.digest):
+        pass
+    with pytest.raises(IntegrityError, match="not in the registry"), pool.use(str(tiny_base), identity(tiny_base)):
+        pass
+
+
+def test_a_key_that_is_none_is_said_in_a_line(tmp_path: Path) -> None:
+    for name, content in (("empty", b""), ("rsa", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(RequestError, match="openssl genpkey"):
+            signing.read_key(tmp_path / name)
+    with pytest.raises(RequestError, match="no such file"):
+        signing.read_key(tmp_path / "none")

@@ -1,0 +1,157 @@
+"""Pictures drawn step by step equal diffusers' own pipeline, for each sampler, alone and among strangers."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from raysd.errors import RequestError
+from raysd.models import family_of
+from raysd.models.base import Geometry
+from raysd.serve.drawing import Drawing
+from raysd.serve.predictor import Predictor
+from raysd.serve.samplers import SAMPLERS, timetable
+from raysd.serve.torch_backend import TorchBackend
+
+PIPELINES = {
+    "ddim": "DDIMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lcm": "LCMScheduler",
+}
+TOLERANCE = 2e-3
+"""Of latents whose spread is about 1, after up to 20 steps in fp32."""
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_base: Path) -> Predictor:
+    family = family_of(tiny_base)
+    return Predictor(family, tiny_base, TorchBackend(family, tiny_base, torch.device("cpu")))
+
+
+def latents(
+    predictor: Predictor, drawing: Drawing, image: bytes | None = None, mask: bytes | None = None
+) -> torch.Tensor:
+    sample = predictor.begin(drawing, image, mask)
+    while not sample.done:
+        predictor.advance([sample], None)
+    return sample.latents
+
+
+def theirs(
+    predictor: Predictor, drawing: Drawing, kind: str = "StableDiffusionPipeline", **more: object
+) -> torch.Tensor:
+    """The latents of diffusers' pipeline."""
+    import diffusers
+
+    pipeline = predictor.family.pipeline(predictor.folder)
+    if kind != "StableDiffusionPipeline":
+        pipeline = getattr(diffusers, kind)(**pipeline.components, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+    scheduler = getattr(diffusers, PIPELINES[drawing.sampler])
+    exact = {"algorithm_type": "dpmsolver++"} if drawing.sampler == "dpmpp_2m" else {}
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False, **exact)
+    return pipeline(
+        drawing.prompt,
+        negative_prompt=drawing.negative,
+        generator=[torch.Generator().manual_seed(drawing.seed)],
+        num_inference_steps=drawing.steps,
+        guidance_scale=drawing.guidance,
+        output_type="latent",
+        **more,
+    ).images[0]
+
+
+@pytest.mark.parametrize("sampler", PIPELINES)
+@pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (5, 4.0), (20, 7.5)])
+def test_each_sampler_draws_what_diffusers_draws(
+    predictor: Predictor, sampler: str, steps: int, guidance: float
+) -> None:
+    drawing = Drawing(prompt="a red circle", negative="blue", seed=5, steps=steps, guidance=guidance, sampler=sampler)
+    assert torch.allclose(latents(predictor, drawing), theirs(predictor, drawing), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_velocity_model_is_sampled_as_diffusers_does(tiny_base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "velocity"
+    shutil.copytree(tiny_base, folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    family = family_of(folder)
+    predictor = Predictor(family, folder, TorchBackend(family, folder, torch.device("cpu")))
+    for sampler in PIPELINES:
+        drawing = Drawing(prompt="a", seed=2, steps=6, guidance=3, sampler=sampler)
+        ours, wanted = latents(predictor, drawing), theirs(predictor, drawing)
+        assert torch.allclose(ours, wanted, atol=TOLERANCE, rtol=TOLERANCE), sampler
+
+
+def test_flow_matching_follows_diffusers_scheduler() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    table = timetable("flow_euler", {**scheduler.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}, 7)
+    scheduler.set_timesteps(7)
+    x = wanted = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    for row, t in zip(table.rows, scheduler.timesteps, strict=True):
+        assert row.timestep == pytest.approx(float(t))
+        wanted = scheduler.step(torch.sin(wanted), t, wanted).prev_sample
+        clean = row.x_of_x * x + row.x_of_m * torch.sin(x)
+        x = row.next[0] * x + row.next[2] * clean
+    assert torch.allclose(x, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc"])
+def test_drawing_from_a_picture_is_diffusers_img2img(predictor: Predictor, sampler: str) -> None:
+    picture = png(64, 64)
+    drawing = Drawing(prompt="a", seed=3, steps=10, guidance=4, sampler=sampler, image="0" * 64, strength=0.6)
+    wanted = theirs(predictor, drawing, "StableDiffusionImg2ImgPipeline", image=opened(picture), strength=0.6)
+    assert torch.allclose(latents(predictor, drawing, picture), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_drawing_behind_a_mask_is_diffusers_inpainting(predictor: Predictor, strength: float) -> None:
+    picture, mask = png(64, 64), png_mask(64)
+    drawing = Drawing(prompt="a", seed=3, steps=8, guidance=4, image="0" * 64, mask="1" * 64, strength=strength)
+    wanted = theirs(
+        predictor,
+        drawing,
+        "StableDiffusionInpaintPipeline",
+        image=opened(picture),
+        mask_image=opened(mask),
+        strength=strength,
+        height=64,
+        width=64,
+    )
+    assert torch.allclose(latents(predictor, drawing, picture, mask), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_size_that_the_model_cannot_draw_and_a_sampler_that_it_has_not_are_refused(predictor: Predictor) -> None:
+    with pytest.raises(RequestError, match="width 72: this model draws multiples of 64"):
+        Geometry(channels=4, factor=8, size=512, unit=64).latents(72, None)
+    assert predictor.geometry.latents(None, 96) == (4, 24, 16)
+    with pytest.raises(RequestError, match="sampler flow_euler"):
+        predictor.begin(Drawing(prompt="a", sampler="flow_euler"))
+    assert set(SAMPLERS) == set(PIPELINES) | {"flow_euler"}
+
+
+def png(width: int, height: int) -> bytes:
+    body = io.BytesIO()
+    Image.radial_gradient("L").resize((width, height)).convert("RGB").save(body, "PNG")
+    return body.getvalue()
+
+
+def png_mask(size: int) -> bytes:
+    mask = Image.new("L", (size, size))
+    mask.paste(255, (size // 4, 0, size // 2, size))
+    body = io.BytesIO()
+    mask.save(body, "PNG")
+    return body.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
