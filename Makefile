@@ -22,10 +22,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Unit tests on all cores, a thread each; those that start Ray, servers and browsers one after the other.
+# A thread a process: more would wait for each other on few cores. Unit tests use all cores; those that start Ray, servers and
+# browsers run one after the other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not soak and not gpu' -n logical --dist loadfile tests/unit
-	$(BIN)/pytest -m 'not soak and not gpu' tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not soak and not gpu' tests/integration
 
 soak: install
 	$(BIN)/pytest -m soak --timeout 7200

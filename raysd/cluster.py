@@ -9,6 +9,10 @@ from raysd.errors import RequestError
 from raysd.quiet import quiet_libraries
 
 GROWS_TO = "RAYSD_CLUSTER_RESOURCES"
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+"""Ray's switch: 0 where no node is taken away with notice."""
+ENTRY_CPUS = "RAYSD_ENTRY_CPUS"
+"""What the process of a submitted job takes itself, beside what it starts."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def join(most_workers: int) -> None:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
+            os.environ.setdefault(PREEMPTION_WATCHER, "0")  # nobody takes this machine away
             cpus = max(os.cpu_count() or 1, most_workers)
             ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -59,7 +63,8 @@ def capacity() -> dict[str, float]:
         if not count.strip().isdecimal():
             raise RequestError(f"{GROWS_TO} {part!r}: expected resources like CPU=64,GPU=8")
         most[name.strip()] = float(count)
-    return {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
+    both = {name: max(have.get(name, 0), most.get(name, 0)) for name in {*have, *most}}
+    return {**both, "CPU": max(0.0, both.get("CPU", 0) - float(os.environ.get(ENTRY_CPUS, 0)))}
 
 
 def allot(scale: ScaleSpec) -> Allotment:

@@ -31,7 +31,7 @@ def in_turn(environ, start_response):
 
 # The pipe closes when the tests end, however they do.
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-run_simple("127.0.0.1", int(sys.argv[1]), in_turn, threaded=True, request_handler=MotoRequestHandler)
+run_simple(sys.argv[2], int(sys.argv[1]), in_turn, threaded=True, request_handler=MotoRequestHandler)
 """
 
 
@@ -45,7 +45,7 @@ def free_port() -> int:
 def s3_endpoint() -> Iterator[str]:
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(port)],
+        [sys.executable, "-c", SERVER, str(port), "127.0.0.1"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

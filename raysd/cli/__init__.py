@@ -7,13 +7,14 @@ from pathlib import Path
 
 import typer
 
-from raysd.cli import data, evaluate, feedback, keys, models, serve, study, train, tune
+from raysd.cli import data, evaluate, feedback, jobs, keys, models, plan, serve, study, train, tune
 from raysd.console import errors
 from raysd.errors import RaysdError
+from raysd.jobs.outcome import note
 from raysd.quiet import native_logs, patient_collector, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-for verbs in (train.app, tune.app, evaluate.app, models.app, serve.app):
+for verbs in (train.app, plan.app, tune.app, evaluate.app, models.app, serve.app, jobs.app):
     app.add_typer(verbs)
 app.add_typer(data.app, name="data")
 app.add_typer(train.runs_app, name="runs")
@@ -21,6 +22,7 @@ app.add_typer(models.models_app, name="models")
 app.add_typer(study.study_app, name="study")
 app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(keys.keys_app, name="keys")
+app.add_typer(jobs.jobs_app, name="jobs")
 
 
 def main() -> None:
@@ -44,12 +46,14 @@ def _run(log: Path) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except RaysdError as error:
+        note(error)
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
         return error.exit_status
     except KeyboardInterrupt:
         errors.print("stopped")
         return 1
     except Exception as error:
+        note(error)
         with log.open("a") as file:
             file.write(traceback.format_exc())
         reason = (str(error).splitlines() or [""])[0][:300]

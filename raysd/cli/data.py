@@ -1,6 +1,5 @@
 """`raysd data`."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,7 @@ def data_check(
     resolution: Annotated[int, typer.Option(help="As data.resolution.")] = DataSpec.model_fields["resolution"].default,
     as_json: Json = False,
 ) -> None:
-    """Say what a data set holds and what training would leave out."""
+    """Say what a data set holds and what training would leave out. Exit status 2 where training would refuse it."""
     from raysd.data import report
     from raysd.data.check import check
     from raysd.data.source import open_source
@@ -34,8 +33,5 @@ def data_check(
         )
     if html is not None:
         report.page(checked, opened, html)
-    show(
-        checked.model_dump(mode="json") if hasattr(checked, "model_dump") else asdict(checked),
-        as_json,
-        lambda: report.table(checked),
-    )
+    show(checked.model_dump(mode="json"), as_json, lambda: report.table(checked))
+    checked.raise_if_refused()

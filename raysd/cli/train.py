@@ -6,9 +6,11 @@ from typing import Annotated, Any
 import typer
 
 from raysd.cli.output import Json, flat, open_storage, out, pairs, reserve_output, show, table
+from raysd.cli.plan import comparison
 from raysd.cli.specs import dotted, recipe_of, train_help
 from raysd.config import TrainingSpec, override
 from raysd.console import Watcher, errors
+from raysd.errors import RaysdError
 
 app = typer.Typer()
 runs_app = typer.Typer(no_args_is_help=True, help="Training runs.")
@@ -62,8 +64,12 @@ def runs_show(name: str, as_json: Json = False) -> None:
     """One run: its status, progress and settings."""
     from raysd.train import runs
 
-    record = runs.read(open_storage(), name)
-    show({**summary(record), "spec": record.spec}, as_json, lambda: pairs({**summary(record), **flat(record.spec)}))
+    root = open_storage()
+    record = runs.read(root, name)
+    beside = _planned_and_actual(root, name)
+    body = {**summary(record), **({"planned_and_actual": beside} if beside else {}), "spec": record.spec}
+    rows = {**summary(record), **(comparison(beside) if beside else {}), **flat(record.spec)}
+    show(body, as_json, lambda: pairs(rows))
 
 
 @runs_app.command("stop")
@@ -101,6 +107,16 @@ def runs_delete(name: str) -> None:
 
     runs.delete(open_storage(), name)
     out.print(f"deleted run {name}")
+
+
+def _planned_and_actual(root: Any, name: str) -> dict[str, Any] | None:
+    """None for a run that did not end, or whose base is no longer there to be planned with."""
+    from raysd.plan.actual import beside
+
+    try:
+        return beside(root, name)
+    except RaysdError:
+        return None
 
 
 def _train(spec: TrainingSpec, name: str, as_json: bool) -> None:

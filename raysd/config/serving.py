@@ -27,6 +27,17 @@ class ReplicasSpec(Spec):
         return self
 
 
+class SafetySpec(Spec):
+    """A classifier that looks at each finished picture; what it flags is neither kept nor shown."""
+
+    path: str
+    """A local folder, in every replica: an image classifier of transformers, or Stable Diffusion's own safety_checker."""
+    labels: tuple[str, ...] = Field(default=("nsfw",), min_length=1)
+    """Those of the classifier's labels that are flagged. Stable Diffusion's checker has none."""
+    threshold: float = Field(default=0.5, gt=0, lt=1)
+    """Probability of these labels above which a picture is flagged. Stable Diffusion's checker has its own."""
+
+
 class ModelSpec(Spec):
     """A model that is served. What its alias or traffic says may change at any time, without a deployment."""
 
@@ -56,6 +67,10 @@ class ModelSpec(Spec):
     """LoRA versions a base."""
     loras: bool = True
     """Whether a request may name a LoRA version of the same base."""
+    safety: SafetySpec | None = None
+    """A classifier of pictures; null: none."""
+    watermark: Literal["dct"] | None = None
+    """An invisible mark of the version in each picture; null: none."""
     replicas: ReplicasSpec = ReplicasSpec()
 
     @model_validator(mode="after")

@@ -105,6 +105,12 @@ class ScaleSpec(Spec):
     """One GPU a worker; if not given, where the cluster has them."""
     cpus: PositiveInt | None = None
     """CPUs a worker; if not given, an equal share of the cluster's on CPU, 1 beside a GPU."""
+    accelerator: str | None = None
+    """Kind of GPU that every worker gets, as Ray names it (A100, H100, L4 …); any if not given."""
+    placement: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    """How workers lie on nodes: on as few as there may be, or on as many; strict: or not at all."""
+    hang_minutes: PositiveFloat = 30
+    """A worker that makes no step for so long is ended, with its threads' stacks, and started again."""
     restarts: NonNegative = 3
     """How often the worker group is started again from the last checkpoint after a worker died."""
 

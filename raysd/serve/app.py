@@ -37,6 +37,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         from raysd.database import Database
         from raysd.feedback.generations import Generations
+        from raysd.serve import tracing
         from raysd.serve.http.application import build as build_application
         from raysd.serve.metrics import Metrics
         from raysd.serve.queue import Queue
@@ -44,6 +45,7 @@ class Ingress:
         from raysd.serve.routes import Routes
         from raysd.storage import Storage
 
+        tracing.configure("ingress")
         store = Storage(self._storage)
         database = Database(self.spec.database, store)
         database.migrate()
@@ -114,6 +116,11 @@ def _check(spec: ServingSpec, storage: str) -> None:
     database = Database(spec.database, store)
     database.migrate()
     Routes(store, spec.models).close()
+    for model in spec.models:
+        if model.safety is not None:
+            from raysd.serve import safety
+
+            safety.check(model.safety)
     if spec.public and not Keys(database).live():
         raise RequestError("public: every request would be refused, for there is no key: raysd keys create NAME")
 

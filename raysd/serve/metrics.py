@@ -12,8 +12,8 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 6
 STEP_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 PICTURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
-Outcome = Literal["succeeded", "failed", "canceled", "refused"]
-"""Of a request; refused: turned away with 429 or 503 before it was written down."""
+Outcome = Literal["succeeded", "failed", "canceled", "refused", "flagged"]
+"""Of a request; refused: turned away with 429 or 503 before it was written down; flagged: drawn, and none was shown."""
 Opinion = Literal["up", "down", "stars", "tags", "text", "report", "choice"]
 
 
@@ -46,6 +46,7 @@ STEP = Metric("histogram", "raysd_denoise_step_seconds", "One denoising step of 
 BATCH = Metric("histogram", "raysd_batch_size", "Pictures in the batch of a denoising step", buckets=PICTURES)
 IMAGES = Metric("counter", "raysd_images_total", "Pictures drawn")
 NAN_PICTURES = Metric("counter", "raysd_nan_pictures_total", "Pictures given up because their latents were not finite")
+FLAGGED = Metric("counter", "raysd_flagged_pictures_total", "Pictures that the safety classifier held back")
 IN_PROGRESS = Metric("gauge", "raysd_images_in_progress", "Pictures being drawn by this process", ("model",))
 DEPTH = Metric("gauge", "raysd_queue_depth", "Requests accepted and not yet claimed, in the whole service", ("model",))
 REPLICAS = Metric("gauge", "raysd_replicas", "1 from each process that is ready to draw the model", ("model",))
@@ -62,6 +63,7 @@ METRICS = (
     BATCH,
     IMAGES,
     NAN_PICTURES,
+    FLAGGED,
     IN_PROGRESS,
     DEPTH,
     REPLICAS,
@@ -118,6 +120,10 @@ class Metrics:
     def not_finite(self, model: str, version: str, pictures: int = 1) -> None:
         """Pictures were given up because their latents held NaN or infinity."""
         self._tell(NAN_PICTURES, pictures, model, version)
+
+    def flagged(self, model: str, version: str, pictures: int = 1) -> None:
+        """Pictures were held back by the safety classifier."""
+        self._tell(FLAGGED, pictures, model, version)
 
     def in_progress(self, model: str, pictures: int) -> None:
         """How many pictures this process is drawing now."""

@@ -8,6 +8,8 @@ from raysd.serve.drawing import Drawing
 Api = Literal["openai", "predictions"]
 Status = Literal["starting", "processing", "succeeded", "failed", "canceled", "aborted"]
 """Replicate's words: `starting` waits in the queue; `aborted` met its deadline before anyone began it."""
+POLICY = "content_policy_violation"
+"""What the error of a prediction begins with (OpenAI's code) if all its pictures were held back."""
 LIVE: tuple[Status, ...] = ("starting", "processing")
 
 

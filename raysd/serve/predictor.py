@@ -109,6 +109,8 @@ class Predictor:
         if not torch.isfinite(stacked).all():
             raise FloatingPointError("the model's latents are not finite")
         pixels = self.backend.decode(stacked)
+        if not torch.isfinite(pixels).all():
+            raise FloatingPointError("the decoder's pixels are not finite")
         bytes_ = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1)
         return [Image.fromarray(picture) for picture in bytes_.numpy()]
 

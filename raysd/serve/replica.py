@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 STUCK = 300.0
 """Seconds without a denoising step, with work at hand, after which a replica is taken for stuck and replaced."""
 
+NOT_FINITE = 5
+"""Pictures in a row that held NaN, and none that did not, after which a replica is taken for broken and replaced."""
+
 
 class Replica:
     """Claims predictions of its model and draws them. Ready once the deployed version is loaded."""
@@ -31,6 +34,8 @@ class Replica:
 
         quiet_libraries()
         from raysd.database import Database
+        from raysd.serve import tracing
+        from raysd.serve.finish import open_finish
         from raysd.serve.pool import Pool
         from raysd.serve.queue import Queue
         from raysd.serve.routes import Routes
@@ -38,6 +43,7 @@ class Replica:
         from raysd.serve.worker import Worker
         from raysd.storage import Storage
 
+        tracing.configure("replica")
         store = Storage(storage)
         self.spec, self._metrics, model = spec, Metrics.to_ray(), spec.served_name
 
@@ -55,7 +61,10 @@ class Replica:
         )
         queue = Queue(Database(database, store), keep_pictures=keep)
         name = f"{platform.node()}/{os.getpid()}"
-        self._worker = Worker(name, model, queue, store, self._pool, self._scheduler, self._metrics, spec.admitted)
+        finish = open_finish(spec)
+        self._worker = Worker(
+            name, model, queue, store, self._pool, self._scheduler, self._metrics, spec.admitted, finish
+        )
         self._routes = Routes(store, [spec])
         for target in self._routes.targets():
             self._load(target)
@@ -94,6 +103,8 @@ class Replica:
         """Serve replaces a replica for which this raises."""
         if self._scheduler.stuck(STUCK):
             raise RuntimeError(f"no denoising step for {STUCK:.0f} s")
+        if self._scheduler.not_finite >= NOT_FINITE:
+            raise RuntimeError(f"{self._scheduler.not_finite} pictures in a row were not finite (NaN)")
 
     def __del__(self) -> None:
         worker = getattr(self, "_worker", None)
@@ -101,6 +112,9 @@ class Replica:
             self._metrics.ready(self.spec.served_name, yes=False)
             self._routes.close()
             worker.stop()
+            from raysd.serve import tracing
+
+            tracing.flush()
 
     def _load(self, target: "Target") -> None:
         """Load a version before it is asked for. One that cannot be loaded is refused when it is."""
@@ -108,7 +122,7 @@ class Replica:
             with self._pool.use(target.ref, target.digest) as ready:
                 if ready.adapter is None:
                     warm(ready.predictor, self.spec.rows)
-        except RaysdError as error:
+        except (RaysdError, FloatingPointError) as error:
             log.error("%s cannot be loaded: %s", target.ref, error)
             self._metrics.loaded(self.spec.served_name, target.ref, "failed")
 

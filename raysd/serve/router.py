@@ -14,6 +14,7 @@ from typing import Any
 
 from raysd.errors import NotFound, RaysdError
 from raysd.feedback.generations import Generations
+from raysd.serve import tracing
 from raysd.serve.http.desk import Ask, Busy, Ended, Event, Preview, Served
 from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import NewPrediction, Prediction
@@ -72,7 +73,9 @@ class Router:
         if self._waiting[ask.model] >= self._most_waiting[ask.model]:
             self.metrics.refused(ask.model, target.ref)
             raise Busy(f"{self._waiting[ask.model]} requests wait for {ask.model}: try again later", 5.0)
-        prediction, fresh = await asyncio.to_thread(self.queue.submit, self._new(ask, target))
+        with tracing.span("accept", {"raysd.model": ask.model, "raysd.version": target.ref}):
+            prediction, fresh = await asyncio.to_thread(self.queue.submit, self._new(ask, target))
+            tracing.note({"raysd.prediction": prediction.id, "raysd.fresh": fresh})
         if fresh:
             self._call(prediction)
             for shadow in shadows:

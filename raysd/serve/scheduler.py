@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from raysd.errors import OutOfMemory, RaysdError
+from raysd.serve import tracing
 from raysd.serve.drawing import Drawing
 from raysd.serve.predictor import Predictor, Sample
 
@@ -61,6 +62,7 @@ class Picture:
         self.admitted = self.ended = 0.0
         self.canceled = False
         self.turn = 0  # when it was stepped last, or admitted
+        self.trail = tracing.trail()
         predictor.check(drawing)
         steps = predictor.steps(drawing)
         shares = range(1, drawing.partial_images + 1) if preview else ()
@@ -110,6 +112,8 @@ class Scheduler:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._beat = time.monotonic()
+        self.not_finite = 0
+        """Pictures in a row, none finite between them, that were given up because they held NaN or infinity."""
 
     def submit(self, pictures: Sequence[Picture]) -> None:
         """Take all of them or none. Raises Busy."""
@@ -158,7 +162,11 @@ class Scheduler:
         began = time.monotonic()
         if not self._step(batch):
             return True
-        self._stepped(batch, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        self._stepped(batch, seconds)
+        for picture in batch:
+            if picture.trail is not None:
+                picture.trail.stepped(len(batch), seconds)
         self._hand_out(batch)
         return True
 
@@ -243,9 +251,18 @@ class Scheduler:
 
     def _decoded(self, pictures: Sequence[Picture], done: bool) -> list[Image.Image]:
         latents = [picture.started.latents if done else picture.started.clean for picture in pictures]
+        began = time.monotonic()
         try:
-            return pictures[0].predictor.pictures(latents)
+            images = pictures[0].predictor.pictures(latents)
+            for trail in [picture.trail for picture in pictures if done and picture.trail]:
+                trail.decoded(time.monotonic() - began)
+            return images
         except Exception as error:
+            if isinstance(error, FloatingPointError) and len(pictures) > 1:  # find out whose it is
+                for picture in pictures:
+                    for image in self._decoded([picture], done):
+                        self._end(picture, image)
+                return []
             log.exception("decoding failed")
             for picture in pictures if done else ():
                 self._end(picture, error)
@@ -258,6 +275,12 @@ class Scheduler:
             elif picture in self._waiting:
                 self._waiting.remove(picture)
         picture.ended = time.monotonic()
+        if picture.trail is not None:
+            picture.trail.end()
+        if isinstance(result, FloatingPointError):
+            self.not_finite += 1
+        elif isinstance(result, Image.Image):
+            self.not_finite = 0
         if not picture.future.set_running_or_notify_cancel():
             return
         if isinstance(result, BaseException):

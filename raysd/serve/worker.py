@@ -9,23 +9,27 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from opentelemetry.trace import SpanKind
 from PIL import Image
 
 from raysd.draw import metadata
 from raysd.errors import RaysdError, StorageError
 from raysd.feedback.generations import FOLDER
+from raysd.serve import tracing
 from raysd.serve.drawing import Drawing
-from raysd.serve.metrics import Metrics
+from raysd.serve.finish import Finish
+from raysd.serve.metrics import Metrics, Outcome
 from raysd.serve.pool import Pool, Ready
 from raysd.serve.predictions import Claim, Prediction
 from raysd.serve.predictions import Picture as Kept
 from raysd.serve.queue import Queue
+from raysd.serve.safety import Flagged
 from raysd.serve.scheduler import Busy, Canceled, Picture, Scheduler
 from raysd.storage import Storage
 
@@ -52,9 +56,11 @@ class Worker:
         scheduler: Scheduler,
         metrics: Metrics,
         most: int,
+        finish: Finish | None = None,
     ):
         self.name, self.model, self.queue, self.storage = name, model, queue, storage
         self.pool, self.scheduler, self.metrics, self.most = pool, scheduler, metrics, most
+        self.finish = finish or Finish()
         self.queued = 0
         """Predictions of the model that nobody has claimed, when it was last looked."""
         self._claims: dict[str, tuple[Claim, list[Picture]]] = {}
@@ -91,7 +97,14 @@ class Worker:
         with self._lock:
             self._claims[claim.id] = claim, []
         self.metrics.in_progress(self.model, self.in_work)
-        return self._hands.submit(self._draw, claim, watch)
+        return self._hands.submit(self._traced, claim, watch)
+
+    def _traced(self, claim: Claim, watch: Watch | None) -> None:
+        """As a part of the trace of the request that asked for it."""
+        prediction, now = claim.prediction, time.time_ns()
+        tracing.told("queue", min(int(prediction.created * 1e9), now), now, parent=prediction.traceparent)
+        with tracing.span("predict", _about(claim), parent=prediction.traceparent, kind=SpanKind.CONSUMER):
+            self._draw(claim, watch)
 
     def _draw(self, claim: Claim, watch: Watch | None) -> None:
         """From a claim to its end, whatever happens."""
@@ -99,7 +112,7 @@ class Worker:
         try:
             with self.pool.use(prediction.ref, prediction.digest) as ready:
                 images, times = self._drawn(claim, ready, watch)
-            kept = [self._keep(claim, number, image) for number, image in enumerate(images)]
+            kept = self._kept(claim, images, times)
             if self.queue.finish(claim, kept, times):
                 self.metrics.drawn(self.model, prediction.ref, len(kept))
                 self._ended(prediction, "succeeded")
@@ -111,6 +124,8 @@ class Worker:
         except FloatingPointError as error:
             self.metrics.not_finite(self.model, prediction.ref, prediction.drawing["count"])
             self._failed(claim, str(error))
+        except Flagged as error:
+            self._failed(claim, str(error), "flagged")
         except RaysdError as error:
             self._failed(claim, str(error))
         except Exception as error:
@@ -132,7 +147,7 @@ class Worker:
                 drawing.of(number),
                 adapter=ready.adapter,
                 deadline=prediction.deadline,
-                preview=partial(_preview, watch, number) if watch else None,
+                preview=partial(self._preview, watch, prediction, number) if watch and self.finish.previews else None,
                 label=prediction.ref,
                 **inputs,
             )
@@ -142,19 +157,35 @@ class Worker:
             self._claims[claim.id] = claim, pictures
         self.scheduler.submit(pictures)
         wait([picture.future for picture in pictures])
+        for number, picture in enumerate(pictures):
+            tracing.told_of_picture(picture.trail, {"raysd.picture": number, "raysd.sampler": drawing.sampler})
         images = [picture.future.result() for picture in pictures]
         self.metrics.waited(self.model, prediction.ref, max(0.0, time.time() - prediction.created - pictures[0].spent))
         return images, {"predict_time": max(picture.spent for picture in pictures)}
 
+    def _kept(self, claim: Claim, images: Sequence[Image.Image], times: dict[str, Any]) -> list[Kept]:
+        """Write what may be shown. Raises Flagged where that is none of them."""
+        flagged = [False] * len(images)
+        if self.finish.classifier is not None:
+            with tracing.span("classify"):
+                flagged = self.finish.flagged(images)
+        if any(flagged):
+            times["flagged"] = sum(flagged)
+            self.metrics.flagged(self.model, claim.prediction.ref, sum(flagged))
+        if all(flagged):
+            raise Flagged
+        with tracing.span("store"):
+            return [self._keep(claim, number, image) for number, image in enumerate(images) if not flagged[number]]
+
     def _keep(self, claim: Claim, number: int, image: Image.Image) -> Kept:
-        """Write a picture, with what it was drawn by (not the prompt) in the file.
+        """Mark and write a picture, with what it was drawn by (not the prompt) in the file.
 
         The claim's token is in its name: who has lost the claim writes over nobody's picture.
         """
         prediction = claim.prediction
         drawing = Drawing.model_validate(prediction.drawing).of(number)
         told = drawing.model_dump(include={"seed", "steps", "guidance", "sampler"})
-        body = io.BytesIO()
+        body, image = io.BytesIO(), self.finish.marked(image, prediction.digest)
         image.save(body, "PNG", pnginfo=metadata({"model": prediction.ref, "digest": prediction.digest, **told}))
         day = datetime.fromtimestamp(prediction.created, UTC).strftime("%Y-%m-%d")
         path = f"{FOLDER}/{day}/{claim.id}-{claim.token}-{number}.png"
@@ -170,9 +201,9 @@ class Worker:
             raise RaysdError("the uploaded picture is damaged in the store: send it again")
         return data
 
-    def _failed(self, claim: Claim, reason: str) -> None:
+    def _failed(self, claim: Claim, reason: str, outcome: Outcome = "failed") -> None:
         if self._quietly(partial(self.queue.fail, claim, reason)):
-            self._ended(claim.prediction, "failed")
+            self._ended(claim.prediction, outcome)
 
     def _gave_up(self, claim: Claim) -> None:
         """Cancelled by its client or its deadline; or by us, because we stop or lost the claim."""
@@ -181,7 +212,10 @@ class Worker:
         elif self._quietly(partial(self.queue.canceled, claim)):
             self._ended(claim.prediction, "canceled")
 
-    def _ended(self, prediction: Prediction, outcome: Any) -> None:
+    def _ended(self, prediction: Prediction, outcome: Outcome) -> None:
+        tracing.note({"raysd.outcome": outcome})
+        if outcome == "failed":
+            tracing.failed(tracing.current(), outcome)
         self.metrics.ended(self.model, prediction.ref, outcome, time.time() - prediction.created)
 
     def _quietly(self, call: Callable[[], Any]) -> Any:
@@ -228,8 +262,22 @@ class Worker:
         for picture in found[1] if found else ():
             picture.cancel()
 
+    def _preview(self, watch: Watch, prediction: Prediction, number: int, index: int, image: Image.Image) -> None:
+        body = io.BytesIO()
+        self.finish.marked(image, prediction.digest).save(body, "PNG")
+        watch(number, index, body.getvalue())
 
-def _preview(watch: Watch, number: int, index: int, image: Image.Image) -> None:
-    body = io.BytesIO()
-    image.save(body, "PNG")
-    watch(number, index, body.getvalue())
+
+def _about(claim: Claim) -> dict[str, Any]:
+    """What a span says of a prediction."""
+    prediction = claim.prediction
+    return {
+        "raysd.prediction": prediction.id,
+        "raysd.request_id": prediction.request_id,
+        "raysd.model": prediction.model,
+        "raysd.version": prediction.ref,
+        "raysd.digest": prediction.digest,
+        "raysd.pictures": prediction.drawing["count"],
+        "raysd.attempt": prediction.attempt,
+        "raysd.shadow": prediction.shadow_of is not None,
+    }

@@ -8,9 +8,11 @@ The token is the lease's: two drivers of one run never write into the same folde
 
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from raysd.errors import IntegrityError, NotFound, RaysdError, StorageError
+from raysd.registry.files import cache_folder
 from raysd.storage import Storage, sha256_of
+from raysd.storage.shared import shared
 from raysd.train.ema import Ema
 from raysd.train.engine import Engine
 
@@ -73,14 +77,17 @@ def at_step(run: Storage, step: int) -> Checkpoint:
 
 @contextmanager
 def tensors(run: Storage, checkpoint: Checkpoint) -> Iterator[dict[str, Callable[[], Tensor]]]:
-    """{name: reader} over all parts, digests checked first. Raises IntegrityError naming the part."""
-    with tempfile.TemporaryDirectory(prefix="raysd-") as scratch:
+    """{name: reader} over all parts, digests checked first. Raises IntegrityError naming the part.
+
+    Ranks on one machine share what is downloaded: a part crosses the network once a machine, not once a rank.
+    """
+    with ExitStack() as stack:
         readers: dict[str, Callable[[], Tensor]] = {}
-        for number, part in enumerate(checkpoint.parts):
+        for part in checkpoint.parts:
             path = run.local_path(part["path"])
             if path is None:
-                path = Path(scratch) / f"{number}.safetensors"
-                run.download(part["path"], path)
+                place = cache_folder() / "checkpoints" / f"{part['sha256']}.safetensors"
+                path = stack.enter_context(shared(place, partial(run.download, part["path"])))
             if path.stat().st_size != part["size"] or sha256_of(path) != part["sha256"]:
                 raise IntegrityError(
                     f"{run.url}/{part['path']}: not the bytes that were written; delete this checkpoint"
@@ -97,26 +104,56 @@ def weights(run: Storage, checkpoint: Checkpoint, ema: bool) -> dict[str, Tensor
         return {name.removeprefix(prefix): read().clone() for name, read in readers.items() if name.startswith(prefix)}
 
 
-def save(
-    run: Storage, engine: Engine, ema: Ema | None, progress: Progress, token: int, fence: Callable[[], None]
-) -> Checkpoint:
-    """Write a checkpoint. COLLECTIVE: every rank calls it; gathers tensor by tensor, each rank keeps and writes a part.
+class Saver:
+    """Writes a run's checkpoints beside its training: a part a rank on a thread of its own, then the manifest.
 
-    `fence` is called by rank 0 before the checkpoint becomes visible. Raises on every rank what went wrong on any.
+    `begin`, `finish` and `save` are COLLECTIVE. `fence` is called by rank 0 before a checkpoint becomes visible.
     """
-    folder = f"checkpoints/{progress.step:08d}-{token:04d}"
-    kept = _collect(engine, ema)
-    part = _everywhere(engine, lambda: _write_part(run, f"{folder}/part-{engine.rank:04d}.safetensors", kept))
-    parts = [entry for entry in part if entry["size"]]
-    checkpoint = Checkpoint(folder, progress, parts, engine.scalars())
 
-    def finish() -> None:
-        if engine.rank == 0:
-            fence()
-            run.write(f"{folder}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
+    def __init__(self, run: Storage, engine: Engine, ema: Ema | None, token: int, fence: Callable[[], None]):
+        self.run, self.engine, self.ema, self.token, self.fence = run, engine, ema, token, fence
+        self.pending: Progress | None = None
+        """What a checkpoint that was begun and not finished holds."""
 
-    _everywhere(engine, finish)
-    return checkpoint
+    def begin(self, progress: Progress) -> None:
+        """Gather tensor by tensor, each rank keeping a part; from then on training may go on."""
+        assert self.pending is None, "one checkpoint at a time"
+        self.pending, self._scalars = progress, self.engine.scalars()
+        self._folder = f"checkpoints/{progress.step:08d}-{self.token:04d}"
+        kept, path = _collect(self.engine, self.ema), f"{self._folder}/part-{self.engine.rank:04d}.safetensors"
+        self._outcome: list[Any] = []
+        work = threading.Thread(
+            target=lambda: self._outcome.append(_tried(self.engine.rank, lambda: _write_part(self.run, path, kept))),
+            name="checkpoint",
+        )
+        work.start()
+        self._work = work
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part is written, or has failed."""
+        return self.pending is not None and not self._work.is_alive()
+
+    def finish(self) -> Checkpoint:
+        """Wait for all parts and make the checkpoint visible. Raises on every rank what went wrong on any."""
+        assert self.pending is not None
+        self._work.join()
+        parts = _agreed(self.engine, self._outcome[0])
+        progress, self.pending = self.pending, None
+        checkpoint = Checkpoint(self._folder, progress, [part for part in parts if part["size"]], self._scalars)
+
+        def show() -> None:
+            if self.engine.rank == 0:
+                self.fence()
+                self.run.write(f"{checkpoint.folder}/{MANIFEST}", json.dumps(asdict(checkpoint)).encode())
+
+        _agreed(self.engine, _tried(self.engine.rank, show))
+        return checkpoint
+
+    def save(self, progress: Progress) -> Checkpoint:
+        """Begin and finish."""
+        self.begin(progress)
+        return self.finish()
 
 
 def load_state(run: Storage, checkpoint: Checkpoint, engine: Engine, ema: Ema | None) -> None:
@@ -169,21 +206,22 @@ def _write_part(run: Storage, path: str, kept: dict[str, Tensor]) -> dict[str, A
         return {"path": path, "sha256": sha256_of(local), "size": local.stat().st_size}
 
 
-def _everywhere(engine: Engine, work: Callable[[], Any]) -> list[Any]:
-    """Do `work` on every rank and return all results; if one rank fails, all raise, so that none waits for ever."""
-    result: Any = None
-    problem: RaysdError | None = None
+def _tried(rank: int, work: Callable[[], Any]) -> tuple[Any, RaysdError | None]:
+    """(what it returned, what went wrong)."""
     try:
-        result = work()
+        return work(), None
     except RaysdError as error:
-        problem = error
+        return None, error
     except Exception as error:
-        problem = StorageError(f"checkpoint on rank {engine.rank}: {type(error).__name__}: {error}")
-    if engine.world == 1:
-        outcomes = [(result, problem)]
-    else:
+        return None, StorageError(f"checkpoint on rank {rank}: {type(error).__name__}: {error}")
+
+
+def _agreed(engine: Engine, outcome: tuple[Any, RaysdError | None]) -> list[Any]:
+    """All ranks' results; if one rank failed, all raise, so that none waits for ever."""
+    outcomes = [outcome]
+    if engine.world > 1:
         outcomes = [(None, None)] * engine.world
-        dist.all_gather_object(outcomes, (result, problem))
+        dist.all_gather_object(outcomes, outcome)
     for _, raised in outcomes:
         if raised is not None:
             raise raised

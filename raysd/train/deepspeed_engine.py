@@ -214,16 +214,7 @@ def ds_config(module: nn.Module, spec: TrainingSpec, world: int) -> dict[str, An
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     whole = sum(parameter.numel() for parameter in module.parameters())
     sharded = spec.scale.zero_stage > 0
-    zero: dict[str, Any] = {
-        "stage": spec.scale.zero_stage,
-        "reduce_bucket_size": _part_of(trained, 8),
-        "allgather_bucket_size": _part_of(trained, 8),
-        "stage3_prefetch_bucket_size": _part_of(whole, 16),
-        "stage3_max_live_parameters": max(1, whole // 8),
-        "stage3_max_reuse_distance": _part_of(whole, 16),
-        "stage3_param_persistence_threshold": PERSISTENT,
-        "sub_group_size": max(1, trained // 4),
-    }
+    zero: dict[str, Any] = {"stage": spec.scale.zero_stage, **bucket_sizes(trained, whole)}
     if spec.scale.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
@@ -238,6 +229,19 @@ def ds_config(module: nn.Module, spec: TrainingSpec, world: int) -> dict[str, An
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
         "steps_per_print": 2**62,
+    }
+
+
+def bucket_sizes(trained: int, whole: int) -> dict[str, int]:
+    """DeepSpeed's buffers, in elements, for so many trained parameters and so many in the whole module."""
+    return {
+        "reduce_bucket_size": _part_of(trained, 8),
+        "allgather_bucket_size": _part_of(trained, 8),
+        "stage3_prefetch_bucket_size": _part_of(whole, 16),
+        "stage3_max_live_parameters": max(1, whole // 8),
+        "stage3_max_reuse_distance": _part_of(whole, 16),
+        "stage3_param_persistence_threshold": PERSISTENT,
+        "sub_group_size": max(1, trained // 4),
     }
 
 

@@ -16,6 +16,8 @@ from raysd.train.track import Trackers
 WRITE_PERIOD = 5.0
 """Seconds between two writings of metrics.jsonl, more when writing takes long."""
 
+TRACKED = ("loss", "lr", "grad_norm", "slowest_rank", "slowest_lag")
+
 Watch = Callable[[dict[str, Any]], None]
 
 
@@ -61,10 +63,12 @@ class Follower:
             if kind == "start":
                 self.rows = [row for row in self.rows if row["step"] <= record["step"]]
             elif kind == "step":
-                self.rows.append({name: value for name, value in record.items() if name not in ("kind", "stop")})
-                self.trackers.log(record["step"], {name: record[name] for name in ("loss", "lr", "grad_norm")})
+                self.rows.append({name: value for name, value in record.items() if name != "kind"})
+                self.trackers.log(record["step"], {name: record[name] for name in TRACKED if name in record})
             elif kind == "validation":
                 self._validation(record)
+            elif kind == "usage":
+                self.run.write(runs.USAGE, json.dumps(record).encode())
             elif kind == "checkpoint":
                 self._next_write = 0.0  # a resume goes on from here: what led to it is written now
             self.watch(record)

@@ -1,5 +1,6 @@
 """A run from spec to version: prepare the data, fill the caches, train through Ray Train, publish."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -8,11 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from raysd import cluster
+from raysd.cluster import PREEMPTION_WATCHER
 from raysd.config import TrainingSpec
 from raysd.data.dataset import prepare
 from raysd.errors import LeaseLost, NotFound, RaysdError, RequestError, TrainingFailed
 from raysd.lease import Lease
 from raysd.methods import METHODS
+from raysd.plan.fit import check_dry, check_fit
 from raysd.references import Located, identity, locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
@@ -20,7 +23,7 @@ from raysd.train.checkpoint import Progress
 from raysd.train.encode import fill_latents, fill_text, is_filled
 from raysd.train.follow import Follower
 from raysd.train.link import Link
-from raysd.train.plan import Plan, make_plan
+from raysd.train.plan import Plan, make_plan, total_steps
 from raysd.train.publish import publish
 from raysd.train.runs import LEASE, RunRecord
 from raysd.train.track import Trackers
@@ -36,14 +39,6 @@ class Outcome:
 
     record: RunRecord
     finished: bool
-
-
-def total_steps(spec: TrainingSpec, pictures: int) -> int:
-    """Optimiser steps of the run: given, or enough to pass `epochs` times over the pictures."""
-    if spec.optim.steps is not None:
-        return spec.optim.steps
-    assert spec.optim.epochs is not None
-    return max(1, -int(-spec.optim.epochs * pictures // spec.optim.batch_size))
 
 
 def never() -> bool:
@@ -81,6 +76,7 @@ def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[
     runs.storage_of(root, name)
     located = locate(spec.base, root)
     plan = plan_for(spec, root, located, watch)
+    _tell(watch, check_dry(spec, located.folder))
     return {
         "base": located.ref,
         "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
@@ -149,6 +145,7 @@ class Launch:
             # The libraries that encode take as long to import as Ray's processes to start.
             threading.Thread(target=self.located.family.import_libraries, daemon=True).start()
         cluster.join(self.spec.scale.most_workers)
+        _tell(self.watch, check_fit(self.spec, self.located.folder))
         fill_caches(plan, self.root, self.spec, self.watch)
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
         self.link = Link.remote()  # type: ignore[attr-defined]
@@ -156,10 +153,14 @@ class Launch:
         follower = Follower(self.run, self.link, trackers, self.watch, self._stop)
         try:
             with _on_signals(self._interrupt):
-                problem = self._fit(Job(self.root.url, self.name, self.held.token, total, self.spec, self.link))
+                problem = self._fit(self._job(total))
         finally:
             follower.close()
         self._raise_failure(problem)
+
+    def _job(self, total: int) -> Job:
+        notices = os.environ.get(PREEMPTION_WATCHER) != "0"
+        return Job(self.root.url, self.name, self.held.token, total, self.spec, self.link, notices)
 
     def _fit(self, job: Job) -> BaseException | None:
         """Run the Ray Train controller in a thread, so that this one hears signals. Returns what it raised."""
@@ -235,6 +236,11 @@ class Launch:
             self.link.stop.remote()
 
 
+def _tell(watch: Watch, warning: str | None) -> None:
+    if warning is not None:
+        watch({"kind": "notice", "text": warning})
+
+
 def fill_caches(plan: Plan, root: Storage, spec: TrainingSpec, watch: Watch) -> None:
     """Compute the latents and text embeddings that the caches lack. Needs a cluster joined."""
 
@@ -303,6 +309,8 @@ def _trainer(job: Job, run: Storage, name: str) -> Any:
         scaling_config=ScalingConfig(
             num_workers=scale.workers,
             use_gpu=each.gpus > 0,
+            accelerator_type=scale.accelerator,
+            placement_strategy=scale.placement.upper(),
             resources_per_worker={"CPU": each.cpus, **({"GPU": 1} if each.gpus else {})},
         ),
         run_config=RunConfig(

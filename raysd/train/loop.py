@@ -3,6 +3,7 @@
 What happens between two records (validation, checkpoints, early stopping, reports) is its caller's.
 """
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,15 @@ ADVICE = "lower optim.lr, or use scale.precision bf16 or fp32"
 
 
 @dataclass(frozen=True)
+class Votes:
+    """What a rank tells the others at the end of a step."""
+
+    stop: bool = False  # it was asked to stop
+    written: bool = False  # its part of a checkpoint is written
+    look: bool = False  # it is time to look for notices that nodes go away
+
+
+@dataclass(frozen=True)
 class StepRecord:
     """One finished optimiser step, as all ranks see it."""
 
@@ -32,7 +42,18 @@ class StepRecord:
     lr: float
     grad_norm: float  # before clipping
     epoch: float  # passes done
-    stop: bool  # a rank was asked to stop; all ranks learn it at the same step
+    votes: Votes  # stop and look: any rank's; written: all ranks'. All learn it at the same step
+    seconds: tuple[float, ...]  # of each rank: waiting for its batch, and its forward pass
+
+    @property
+    def slowest(self) -> tuple[int, float]:
+        """The rank that took longest, and how many times as long as the median one.
+
+        At ZeRO stage 3 the forward pass gathers weights, and all ranks wait in it for the slowest.
+        """
+        rank = max(range(len(self.seconds)), key=self.seconds.__getitem__)
+        typical = sorted(self.seconds)[(len(self.seconds) - 1) // 2]
+        return rank, self.seconds[rank] / max(typical, 1e-9)
 
 
 def training_steps(
@@ -44,7 +65,7 @@ def training_steps(
     ema: Ema | None,
     start: int,
     total: int,
-    stop: Callable[[], bool] = lambda: False,
+    votes: Callable[[], Votes] = Votes,
 ) -> Iterator[StepRecord]:
     """Steps `start` to `total` (exclusive), one record each. Every rank runs it in lock-step.
 
@@ -53,14 +74,17 @@ def training_steps(
     engine.module.train()
     for step in range(start, total):
         # Each rank takes its part of the global batch; its draws depend on (seed, step, index), not on the rank.
-        micro_batches = batches.of(step)
+        own = Stopwatch(engine.device)
+        with own:
+            micro_batches = batches.of(step)
 
         # Forward and backward. Sums over the global batch, not means of means: uneven parts count rightly. The engine
         # averages over ranks, hence the factor `world`.
         local = torch.zeros((), device=engine.device)
         for number, batch in enumerate(micro_batches):
             torch.manual_seed(seed_of(spec.seed, "dropout", step, engine.rank, number))
-            errors = method.loss(engine, batch.to(engine.device), schedule, spec)
+            with own:
+                errors = method.loss(engine, batch.to(engine.device), schedule, spec)
             loss = errors.sum() * (engine.world / spec.optim.batch_size)
             engine.backward(loss, last=number == len(micro_batches) - 1)
             local += errors.detach().sum()
@@ -73,19 +97,49 @@ def training_steps(
         if ema is not None:
             ema.update(step)
 
-        # All ranks agree on the loss and on stopping: one small all-reduce a step.
-        loss_sum, asked = _agree(engine, local, stop())
+        # All ranks agree on the loss and on what they were asked for: one small all-reduce a step.
+        loss_sum, agreed, seconds = _agree(engine, local, votes(), own)
         mean = loss_sum / spec.optim.batch_size
         if not torch.isfinite(torch.tensor(mean)):
             raise TrainingFailed(
                 f"step {step + 1}: the loss is {mean}; lower optim.lr, or use scale.precision bf16 or fp32"
             )
-        yield StepRecord(step + 1, mean, rate, norm, batches.sampler.epoch_of(step + 1), asked)
+        yield StepRecord(step + 1, mean, rate, norm, batches.sampler.epoch_of(step + 1), agreed, seconds)
 
 
-def _agree(engine: Engine, loss_sum: Tensor, stop: bool) -> tuple[float, bool]:
-    both = torch.stack([loss_sum.double(), torch.tensor(float(stop), dtype=torch.float64, device=loss_sum.device)])
-    if engine.world > 1:
-        dist.all_reduce(both)
-    total, asked = both.tolist()
-    return total, asked > 0
+class Stopwatch:
+    """Sums up the seconds of `with` blocks on a device. On a GPU they are known once it has been synchronised."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._total, self._began = 0.0, 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+        if self._on_gpu:
+            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self._events[-1][0].record()
+
+    def __exit__(self, *raised: object) -> None:
+        self._total += time.perf_counter() - self._began
+        if self._on_gpu:
+            self._events[-1][1].record()
+
+    @property
+    def seconds(self) -> float:
+        return max(self._total, sum(first.elapsed_time(last) for first, last in self._events) / 1000)
+
+
+def _agree(engine: Engine, loss_sum: Tensor, own: Votes, watch: Stopwatch) -> tuple[float, Votes, tuple[float, ...]]:
+    """(loss of the global batch, what was voted, own seconds of each rank)."""
+    flags = torch.tensor([own.stop, own.written, own.look], dtype=torch.float64)
+    if engine.world == 1:
+        return float(loss_sum), own, (watch.seconds,)
+    loss = loss_sum.double().cpu()  # waits for the device: from here on the watch knows its seconds
+    seconds = torch.zeros(engine.world, dtype=torch.float64)
+    seconds[engine.rank] = watch.seconds
+    told = torch.cat([loss.reshape(1), flags, seconds]).to(engine.device)
+    dist.all_reduce(told)
+    total, stop, written, look, *all_seconds = told.tolist()
+    return total, Votes(stop > 0, written == engine.world, look > 0), tuple(all_seconds)

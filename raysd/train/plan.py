@@ -59,6 +59,14 @@ def make_plan(dataset: Dataset, located: Located, spec: TrainingSpec) -> Plan:
     )
 
 
+def total_steps(spec: TrainingSpec, pictures: int) -> int:
+    """Optimiser steps of the run: given, or enough to pass `epochs` times over the pictures."""
+    if spec.optim.steps is not None:
+        return spec.optim.steps
+    assert spec.optim.epochs is not None
+    return max(1, -int(-spec.optim.epochs * pictures // spec.optim.batch_size))
+
+
 def captions(plan: Plan) -> dict[str, str]:
     """{key: caption} of every caption that the run needs, the empty one included."""
     return {plan.empty: "", **{item.text: item.caption for item in (*plan.train, *plan.validation)}}

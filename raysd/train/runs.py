@@ -18,6 +18,7 @@ Status = Literal["running", "interrupted", "failed", "finished"]
 RECORD = "run.json"
 LEASE = "lease.json"
 STOP = "stop.json"
+USAGE = "usage.json"
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 

@@ -2,7 +2,8 @@
 
 import io
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +27,16 @@ from raysd.train.batches import Batches, Source
 from raysd.train.checkpoint import Checkpoint, Progress
 from raysd.train.ema import Ema
 from raysd.train.engine import Engine, build_engine
+from raysd.train.hang import HangWatch
 from raysd.train.link import Reporter
-from raysd.train.loop import StepRecord, training_steps
+from raysd.train.loop import StepRecord, Votes, training_steps
 from raysd.train.plan import Plan, captions
 from raysd.train.profile import Profiler
 from raysd.train.runs import LEASE
+from raysd.train.usage import Usage
+
+LOOK = 5.0
+"""Seconds between two looks for notices that nodes are taken away."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Job:
     total: int
     spec: TrainingSpec
     link: Any
+    notices: bool  # whether nodes may be taken away with notice
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -80,11 +87,15 @@ class Worker:
         self.method = METHODS[self.spec.method.kind]
         self.schedule = self.family.noise_schedule(self.folder)
         self.reporter = Reporter(job.link) if self.rank == 0 else None
+        self.hang = HangWatch(60 * self.spec.scale.hang_minutes, self._hung)
+        self.leaving: set[str] = set()  # nodes whose notice was answered with a checkpoint
+        self.next_look = 0.0
 
     def run(self) -> None:
         try:
             self._run()
         finally:
+            self.hang.close()
             if self.reporter is not None:
                 self.reporter.close()
 
@@ -95,33 +106,39 @@ class Worker:
         progress = resumed.progress if resumed else Progress()
         self.source = self._source()
         self.batches = self._batches()
+        self.saver = self._saver()
         if resumed is None:
             progress = replace(progress, base_loss=self._validate(0))
             self._draw(0)
         self._report("start", step=progress.step, base_loss=progress.base_loss, world=self.world)
         if self._early(progress):
             return
-        saved = progress.step if resumed else -1
+        began = progress.step
         profiler = Profiler(self.store) if self.spec.track.profile and self.rank == 0 else None
         for record in self._steps(progress.step):
-            self._report("step", **vars(record))
+            self._report("step", **_row(record))
             if profiler is not None:
                 profiler.step()
             progress = self._between(record, replace(progress, step=record.step))
-            ends = record.stop or self._early(progress) or record.step == self.job.total
-            if ends or self._due(self.spec.checkpoint.every, record.step) or progress.best_step == record.step:
+            if self.saver.pending is not None and record.votes.written:
+                self._finish_save()
+            ends = record.votes.stop or self._early(progress) or record.step == self.job.total
+            leaves = record.votes.look and self._notice()
+            due = self._due(self.spec.checkpoint.every, record.step) or progress.best_step == record.step
+            if ends or leaves or due:
                 self._save(progress)
-                saved = record.step
+            if ends or leaves:
+                self._finish_save()
             if ends:
                 break
-        if saved < progress.step:
-            self._save(progress)
+        self._report("usage", **self.usage.body(self.world, progress.step - began))
 
     def _build(self, resumed: Checkpoint | None) -> tuple[Engine, Ema | None]:
         module = self.method.build(self.family, self.folder, self.spec)
         if resumed is not None:
             load_weights(module, self.store, resumed)
         module = module.to(self.device)
+        self.usage = Usage(module, self.device)
         if self.spec.scale.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.spec.scale.compile:
@@ -157,13 +174,29 @@ class Worker:
             self.plan.train, self.plan.empty, self.source, sampler, self.schedule, self.spec, self.rank, self.world
         )
 
-    def _steps(self, start: int) -> Any:
-        def asked() -> bool:
-            return self.reporter is not None and self.reporter.stop_requested
-
-        return training_steps(
-            self.engine, self.method, self.batches, self.schedule, self.spec, self.ema, start, self.job.total, asked
+    def _steps(self, start: int) -> Iterator[StepRecord]:
+        steps = training_steps(
+            self.engine,
+            self.method,
+            self.batches,
+            self.schedule,
+            self.spec,
+            self.ema,
+            start,
+            self.job.total,
+            self._votes,
         )
+        for record in steps:
+            self.hang.beat()
+            yield record
+
+    def _votes(self) -> Votes:
+        """Rank 0 is asked to stop, and says when it is time to look for notices."""
+        asked = self.reporter is not None and self.reporter.stop_requested
+        look = self.rank == 0 and self.job.notices and time.monotonic() >= self.next_look
+        if look:
+            self.next_look = time.monotonic() + LOOK
+        return Votes(asked, self.saver.written, look)
 
     def _between(self, record: StepRecord, progress: Progress) -> Progress:
         """Validation and pictures, where they are due."""
@@ -186,6 +219,7 @@ class Worker:
             )
 
         loss = self._with_average(measure)
+        self.hang.beat()
         if loss is not None:
             self._report("validation", step=step, validation_loss=loss)
         return loss
@@ -206,14 +240,40 @@ class Worker:
         with self.ema.swapped():
             return work()
 
-    def _save(self, progress: Progress) -> None:
+    def _saver(self) -> checkpoint.Saver:
         def fence() -> None:
             check_fence(self.store, LEASE, self.job.token)
 
-        checkpoint.save(self.store, self.engine, self.ema, progress, self.job.token, fence)
+        return checkpoint.Saver(self.store, self.engine, self.ema, self.job.token, fence)
+
+    def _save(self, progress: Progress) -> None:
+        """Begin a checkpoint; training goes on while it is written. One that is begun already is finished first."""
+        if self.saver.pending is not None:
+            self._finish_save()
+        self.saver.begin(progress)
+
+    def _finish_save(self) -> None:
+        progress = self.saver.finish().progress
+        self.hang.beat()
         if self.rank == 0:
             checkpoint.prune(self.store, self.spec.checkpoint.keep, progress.best_step if self._keeps_best() else None)
         self._report("checkpoint", step=progress.step, best=progress.best, best_step=progress.best_step)
+
+    def _notice(self) -> bool:
+        """Whether a node of this run is about to be taken away and was not before. COLLECTIVE."""
+        info = ray.train.get_preemption_info()
+        new = set(info.preempted_node_ids) - self.leaving if info is not None else set()
+        if new:
+            self.leaving |= new
+            self._report("notice", text=f"{len(new)} node(s) are about to be taken away: a checkpoint is written")
+        return bool(new)
+
+    def _hung(self, stacks: str) -> None:
+        text = f"rank {self.rank} made no step for {self.spec.scale.hang_minutes:g} minutes"
+        name = f"stacks/{int(time.time())}-rank-{self.rank:04d}.txt"
+        if self.reporter is not None:
+            self._report("notice", text=f"{text}: its stacks are in {self.store.url}/{name}; it is started again")
+        self.store.write(name, f"{text} on {os.uname().nodename}\n\n{stacks}".encode())
 
     def _keeps_best(self) -> bool:
         return self.spec.validation.best and self.spec.validation.every > 0
@@ -228,6 +288,15 @@ class Worker:
     def _report(self, kind: str, **values: Any) -> None:
         if self.reporter is not None:
             self.reporter.record(kind=kind, **values)
+
+
+def _row(record: StepRecord) -> dict[str, Any]:
+    """A step as metrics.jsonl has it; of more than one rank, which was the slowest and how many times the median."""
+    row = {name: getattr(record, name) for name in ("step", "loss", "lr", "grad_norm", "epoch")}
+    if len(record.seconds) == 1:
+        return row
+    rank, lag = record.slowest
+    return {**row, "slowest_rank": rank, "slowest_lag": round(lag, 3)}
 
 
 def load_weights(module: nn.Module, run: Storage, resumed: Checkpoint) -> None:

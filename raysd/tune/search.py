@@ -18,8 +18,8 @@ from raysd.references import locate
 from raysd.registry import Version
 from raysd.storage import Storage
 from raysd.train import runs
-from raysd.train.launch import Watch, fill_caches, plan_for, total_steps, train
-from raysd.train.plan import Plan
+from raysd.train.launch import Watch, fill_caches, plan_for, train
+from raysd.train.plan import Plan, total_steps
 from raysd.train.publish import publish
 from raysd.tune import records
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord

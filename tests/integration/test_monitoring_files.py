@@ -55,6 +55,7 @@ def tell_everything(metrics: Metrics) -> None:
     metrics.stepped("cats", "cats@3", 0.02, 4)
     metrics.drawn("cats", "cats@3", 4)
     metrics.not_finite("cats", "cats@3")
+    metrics.flagged("cats", "cats@3")
     metrics.in_progress("cats", 4)
     metrics.queued("cats", 2)
     metrics.ready("cats")

@@ -107,6 +107,22 @@ def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
+def test_a_hang_ends_the_attempt_with_stacks_and_the_run_goes_on(path, ray_address, undisturbed, tmp_path):
+    """A frozen worker makes the other one wait in a collective; that one notices, and both are replaced."""
+    words = ["train", str(path), "--name", "run", "--scale.hang-minutes", "0.4", "--json"]
+    process = start(*words, storage=tmp_path, address=ray_address)
+    wait_until(reached(tmp_path, 4), process)
+    train_workers()[-1].suspend()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert json.loads(out)["version"] == "cats@1"
+    assert_as_undisturbed(tmp_path, undisturbed)
+    found = [file.read_text() for file in (tmp_path / "runs/run/stacks").glob("*-rank-*.txt")]
+    assert found
+    assert all("made no step for 0.4 minutes" in text for text in found)
+    assert any("training_steps" in text for text in found)
+
+
 @pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.soak), "runs stop"])
 def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, undisturbed, tmp_path, how):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)

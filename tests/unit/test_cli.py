@@ -80,6 +80,16 @@ def test_help_of_a_recipe_lists_its_paths_with_values_and_meanings(tmp_path):
     assert "method.text_encoder" not in done.stdout
 
 
+def test_data_that_training_would_refuse_is_reported_and_ends_in_status_2(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        photo(number, 72).save(folder / f"{number}.png")
+    done = raysd("data", "check", str(folder), "--prompt", "a cat", "--json", storage=tmp_path / "store")
+    assert "3 pictures, 5 are the least" in json.loads(done.stdout)["refusals"][0]
+    assert "3 pictures, 5 are the least" in refused_quietly(done)
+
+
 def test_a_data_check_prints_one_json_document(tiny_pictures, tmp_path):
     words = ["data", "check", str(tiny_pictures), "--json", "--html", str(tmp_path / "page.html")]
     done = raysd(*words, storage=tmp_path / "store")

@@ -13,6 +13,7 @@ from raysd.errors import OutOfMemory
 from raysd.models import family_of
 from raysd.serve.drawing import Drawing
 from raysd.serve.predictor import Predictor
+from raysd.serve.replica import NOT_FINITE, Replica
 from raysd.serve.scheduler import Busy, Canceled, Picture, Scheduler
 from raysd.serve.torch_backend import TorchBackend
 
@@ -208,3 +209,49 @@ def test_the_thread_draws_and_stops(predictor: Predictor) -> None:
         endless.future.result(0)
     with pytest.raises(Busy):
         scheduler.submit([endless])
+
+
+def spoiled(scheduler: Scheduler, predictor: Predictor, count: int) -> None:
+    """Pictures that are not finite, drawn in one batch."""
+    pictures = [Picture(predictor, Drawing(prompt="a", seed=seed, steps=2, guidance=1)) for seed in range(count)]
+    scheduler.submit(pictures)
+    scheduler.turn()
+    for picture in pictures:
+        picture.started.latents.fill_(float("nan"))
+    finish(scheduler)
+    assert all(isinstance(picture.future.exception(0), FloatingPointError) for picture in pictures)
+
+
+def test_a_replica_that_draws_nothing_but_nan_is_not_healthy(predictor: Predictor) -> None:
+    replica = Replica.__new__(Replica)
+    replica._scheduler = scheduler = Scheduler()
+    spoiled(scheduler, predictor, NOT_FINITE - 1)
+    replica.check_health()
+    good = Picture(predictor, Drawing(prompt="a", steps=1, guidance=1))
+    scheduler.submit([good])
+    finish(scheduler)
+    assert good.future.result(0)
+    spoiled(scheduler, predictor, NOT_FINITE - 1)  # a finite one came between
+    replica.check_health()
+    spoiled(scheduler, predictor, 1)
+    with pytest.raises(RuntimeError, match="5 pictures in a row"):
+        replica.check_health()
+
+
+def test_pixels_that_are_not_finite_are_one_pictures_own(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a decoder that overflows in half precision: the latents are numbers, and what is made of them is not."""
+    true, scheduler = predictor.backend.decode, Scheduler()
+    pictures = [Picture(predictor, Drawing(prompt="a", seed=seed, steps=2, guidance=1)) for seed in range(3)]
+    scheduler.submit(pictures)
+    scheduler.turn()
+    pictures[1].started.latents.fill_(1e9)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        pixels = true(latents).clone()
+        pixels[latents.abs().amax((1, 2, 3)) > 1e6] = float("nan")
+        return pixels
+
+    monkeypatch.setattr(predictor.backend, "decode", decode)
+    finish(scheduler)
+    assert pictures[0].future.result(0).size == pictures[2].future.result(0).size == (64, 64)
+    assert isinstance(pictures[1].future.exception(0), FloatingPointError)

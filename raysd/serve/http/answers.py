@@ -19,7 +19,7 @@ from raysd.serve.http.desk import Ended, Event, Preview
 from raysd.serve.http.errors import Refused, fault, refusal
 from raysd.serve.http.pictures import Format
 from raysd.serve.http.service import Service
-from raysd.serve.predictions import Picture, Prediction
+from raysd.serve.predictions import POLICY, Picture, Prediction
 
 HEARTBEAT = 15.0
 """Seconds without an event after which a comment is sent: proxies take a silent connection for a dead one."""
@@ -83,7 +83,8 @@ def check(last: Prediction) -> Prediction:
         return last
     if last.status == "failed":
         error = last.error or "drawing failed"
-        asked_for_it = error.partition(":")[0].partition(" ")[0] in Drawing.model_fields  # a size it cannot draw
+        # A size that it cannot draw, or what the classifier held back.
+        asked_for_it = error.partition(":")[0].partition(" ")[0] in (*Drawing.model_fields, POLICY)
         raise Refused(400 if asked_for_it else 500, error)
     if last.deadline is not None and last.deadline <= time.time():
         raise Refused(504, LATE)

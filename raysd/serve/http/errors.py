@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 
 from raysd.errors import NotFound, RaysdError, RequestError, TooMany
 from raysd.serve.http.desk import Busy
+from raysd.serve.predictions import POLICY
 
 AGAIN = 2
 """Seconds after which to try again where a store did not answer."""
@@ -72,6 +73,8 @@ def fault(status: int, message: str) -> OpenAIFault:
     """OpenAI's words for it. A message that begins with a field and a colon names the parameter."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     field = _FIELD.match(message)
+    if field and field[1] == POLICY:
+        return OpenAIFault(message=message.removeprefix(field[0]), type=kind, code=POLICY)
     return OpenAIFault(message=message, type=kind, param=field[1] if field else None, code=_CODES.get(status))
 
 

@@ -10,16 +10,19 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from opentelemetry.trace import SpanKind
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raysd.serve import tracing
 from raysd.serve.http.errors import Refused, answer
 from raysd.study.host import is_loopback
 
 log = logging.getLogger("raysd.serve.http")
 MOST_HEADER_BYTES = 32 * 1024
 _HOST = re.compile(r"(?P<name>\[[0-9a-fA-F:.]+\]|[\w.-]+)(?::[0-9]{1,5})?", re.ASCII)
+UNTRACED = ("/healthz", "/readyz")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 HEADERS = {
     "Cache-Control": "no-store",
@@ -60,6 +63,15 @@ class Gate:
         request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         passing = _Passing(scope, send, request_id)
+        if tracing.on() and scope["path"] not in UNTRACED:
+            with tracing.span(scope["method"], passing.about, headers=headers, kind=SpanKind.SERVER) as span:
+                await self._pass(scope, headers, receive, passing)
+                passing.told(span)
+        else:
+            await self._pass(scope, headers, receive, passing)
+
+    async def _pass(self, scope: Scope, headers: Headers, receive: Receive, passing: "_Passing") -> None:
+        request_id = passing.request_id
         try:
             self._check(scope, headers)
             scope["state"]["caller"] = await self.identify(HTTPConnection(scope))
@@ -141,12 +153,28 @@ class _Passing:
         if self.status is None:
             await answer(self.scope["path"], status, message, headers)(self.scope, receive, self.send)
 
+    @property
+    def route(self) -> str | None:
+        """Not the path: what is not a route may hold anything, and a link's is a key to a picture."""
+        return getattr(self.scope.get("route"), "path", None)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a span says of a request when it begins."""
+        return {"http.request.method": self.scope["method"], "raysd.request_id": self.request_id}
+
+    def told(self, span: Any) -> None:
+        """What a span says of it at the end."""
+        span.update_name(f"{self.scope['method']} {self.route or 'no route'}")
+        tracing.note({"http.route": self.route, "http.response.status_code": self.status})
+        if self.status is None or self.status >= 500:
+            tracing.failed(span, str(self.status or "no answer"))
+
     def log(self) -> None:
-        route = self.scope.get("route")
         line = {
             "request": self.request_id,
             "method": self.scope["method"],
-            "route": getattr(route, "path", None),  # not the path: what is not a route may hold anything
+            "route": self.route,
             "status": self.status,
             "ms": round(1000 * (time.monotonic() - self.began), 1),
         }

@@ -1,0 +1,100 @@
+"""A Ray cluster as somebody else's: a dashboard that wants a token, a head that takes no work, and a node that does."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.conftest import free_port
+
+HOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Secured:
+    """Where it answers, and the file of its token."""
+
+    url: str
+    token_file: Path
+    scratch: Path
+
+
+@contextmanager
+def secured(folder: Path, cpus: int, **environment: str) -> Iterator[Secured]:
+    """Started with ports and a session folder of its own, ended by pid."""
+    token_file = folder / "token"
+    token_file.write_text(uuid.uuid4().hex + uuid.uuid4().hex)
+    # A socket's path may have 107 characters: the session lies under a short name.
+    scratch = Path("/tmp") / f"raysd-{uuid.uuid4().hex[:8]}"
+    values = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "AWS_"))}
+    values |= {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        **environment,
+    }
+    gcs, dashboard = free_port(), free_port()
+    head = ["--head", f"--port={gcs}", "--num-cpus=0", "--include-dashboard=true", f"--dashboard-host={HOST}"]
+    head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}", f"--temp-dir={scratch}"]
+    node = [f"--address={HOST}:{gcs}", f"--num-cpus={cpus}"]
+    log = (folder / "nodes.log").open("w")
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        started.append(_start(head, values, log))
+        url = f"http://{HOST}:{dashboard}"
+        _wait(started[0], url, token_file.read_text(), folder / "nodes.log")
+        started.append(_start(node, values, log))
+        yield Secured(url, token_file, scratch)
+    finally:
+        _end(started, str(scratch))
+        log.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _end(started: "list[subprocess.Popen[bytes]]", scratch: str) -> None:
+    """Kill all processes of this cluster at once: asked politely, a node waits for half a minute."""
+    family = [psutil.Process(process.pid) for process in started if process.poll() is None]
+    family += [child for process in family for child in process.children(recursive=True)]
+    family += [p for p in psutil.process_iter(["cmdline"]) if scratch in " ".join(p.info["cmdline"] or [])]
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for node in started:
+        node.wait()
+
+
+def _start(options: list[str], values: dict[str, str], log: object) -> "subprocess.Popen[bytes]":
+    ports = (
+        "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port",
+        "runtime-env-agent-port",
+        "metrics-export-port",
+    )
+    own = [f"--{name}={free_port()}" for name in ports]
+    own += ["--block", f"--node-ip-address={HOST}", "--object-store-memory=200000000"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *own]
+    return subprocess.Popen(command, env=values, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # type: ignore[call-overload]
+
+
+def _wait(head: "subprocess.Popen[bytes]", url: str, token: str, log: Path) -> None:
+    end = time.monotonic() + 180
+    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=5).close()
+            return
+        except OSError:
+            assert head.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.3)

@@ -1,0 +1,282 @@
+"""Training over several hosts that die, are cut off, lose their store or are drained: it ends as if nothing had happened."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from raysd.registry import Registry
+from raysd.storage import Storage
+from raysd.train import checkpoint, runs
+from tests.base import toml
+from tests.cluster import start
+from tests.hosts import Hosts, hosts
+
+pytestmark = pytest.mark.timeout(900)
+STEPS, EVERY = 60, 6
+SPEC = {
+    "scale__workers": 2,
+    "scale__cpus": 1,
+    "scale__zero_stage": 2,
+    "scale__placement": "strict_spread",
+    "optim__steps": STEPS,
+    "checkpoint__every": EVERY,
+    "validation__every": 0,
+}
+soak = pytest.mark.soak
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with hosts(tmp_path_factory.mktemp("hosts")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_base: Path, tiny_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toml(tmp_path_factory.mktemp("spec"), tiny_base, tiny_pictures, **SPEC)
+
+
+@pytest.fixture
+def bucket(cluster: Hosts, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """The hosts' bucket, as the test sees it from outside."""
+    for name, value in cluster.access.items():
+        monkeypatch.setenv(name, value)
+    return Storage(cluster.storage)
+
+
+def submit(cluster: Hosts, spec: Path, name: str, **environment: str) -> "psutil.Popen":
+    words = ["submit", "--follow", "--json", "--", "train", str(spec), "--name", name, "--publish.model", name]
+    return start(*words, storage=cluster.storage, **{**cluster.environment, **environment})
+
+
+def tensors(bucket: Storage, name: str) -> dict[str, torch.Tensor]:
+    """Of the last checkpoint, which is that of the last step."""
+    run = bucket.child(f"runs/{name}")
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    assert newest.step == STEPS
+    with checkpoint.tensors(run, newest) as readers:
+        return {key: read().clone() for key, read in readers.items()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Hosts, spec: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """A job that is submitted from outside with a token, followed to its end, and whose version lies in the bucket."""
+    process = submit(cluster, spec, "quiet")
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert json.loads(out)["status"] == "succeeded"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.access.items():
+            patch.setenv(name, value)
+        bucket = Storage(cluster.storage)
+        version = Registry(bucket).resolve("quiet@1")
+        assert Registry(bucket).verify(version) == []
+        return tensors(bucket, "quiet")
+
+
+def until(what: Callable[[], object], process: "psutil.Popen", seconds: float = 400) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+def reached(bucket: Storage, name: str, step: int) -> Callable[[], bool]:
+    def looked() -> bool:
+        newest = checkpoint.latest(bucket.child(f"runs/{name}"))
+        return newest is not None and newest.step >= step
+
+    return looked
+
+
+def hosts_of(cluster: Hosts) -> tuple[list[int], int]:
+    """(those with workers, the one with the command's own process)."""
+    workers = sorted({cluster.host_of(process.pid) for process in cluster.processes("RayTrainWorker")})
+    command = next(number for number in range(cluster.count) if cluster.processes("raysd.jobs.driver", number))
+    return workers, command
+
+
+def ended_as(undisturbed: dict[str, torch.Tensor], bucket: Storage, name: str, process: "psutil.Popen") -> None:
+    """The job succeeded, and the weights are those of the run that nothing happened to."""
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert Registry(bucket).resolve(f"{name}@1")
+    got = tensors(bucket, name)
+    assert got.keys() == undisturbed.keys()
+    assert [key for key in got if not torch.equal(got[key], undisturbed[key])] == []
+
+
+def test_without_a_token_or_with_a_wrong_one_nothing_is_submitted(cluster: Hosts, spec: Path) -> None:
+    for wrong in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "wrong", "RAY_AUTH_TOKEN_PATH": ""}):
+        process = submit(cluster, spec, "nobody", **wrong)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert "token" in err.lower()
+
+
+def test_a_killed_host_costs_what_came_after_the_last_checkpoint(
+    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    process = submit(cluster, spec, "killed")
+    until(reached(bucket, "killed", EVERY), process)
+    workers, command = hosts_of(cluster)
+    victim = next(number for number in workers if number != command)
+    cluster.kill(victim)
+    try:
+        ended_as(undisturbed, bucket, "killed", process)
+    finally:
+        cluster.join(victim)
+    rows = [json.loads(line) for line in bucket.read("runs/killed/metrics.jsonl").splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_a_drained_host_has_its_checkpoint_before_it_goes(
+    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    """With no checkpoint due, the notice is what writes one; the run goes on from it elsewhere."""
+    process = start(
+        *("submit", "--follow", "--", "train", str(spec), "--name", "drained", "--publish.model", "drained"),
+        *("--checkpoint.every", "1000"),
+        storage=cluster.storage,
+        **cluster.environment,
+    )
+    until(lambda: runs.metrics(bucket.child("runs/drained")), process)
+    workers, command = hosts_of(cluster)
+    victim = next(number for number in workers if number != command)
+    cluster.drain(victim, 60)
+    until(reached(bucket, "drained", 1), process, seconds=60)
+    cluster.kill(victim)
+    try:
+        noticed = checkpoint.latest(bucket.child("runs/drained"))
+        assert noticed is not None
+        assert noticed.step < STEPS
+        ended_as(undisturbed, bucket, "drained", process)
+    finally:
+        cluster.join(victim)
+
+
+@soak
+def test_a_host_that_is_cut_off_writes_nothing_more(
+    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    process = submit(cluster, spec, "cut")
+    until(reached(bucket, "cut", EVERY), process)
+    workers, command = hosts_of(cluster)
+    victim = next(number for number in workers if number != command)
+    cluster.cut(victim)
+    try:
+        ended_as(undisturbed, bucket, "cut", process)
+        before = {entry.path: entry.modified for entry in bucket.list("runs/cut/checkpoints")}
+    finally:
+        cluster.mend(victim)
+    time.sleep(20)
+    assert {entry.path: entry.modified for entry in bucket.list("runs/cut/checkpoints")} == before
+    cluster.kill(victim)
+    cluster.join(victim)
+
+
+@soak
+def test_the_commands_own_host_is_cut_off_and_its_successor_alone_publishes(
+    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    """It cannot renew its lease and stops; another one starts after the lease, with a higher token."""
+    process = submit(cluster, spec, "leader")
+    until(reached(bucket, "leader", EVERY), process)
+    _, victim = hosts_of(cluster)
+    first = json.loads(bucket.read("runs/leader/lease.json"))["token"]
+    cluster.cut(victim)
+    try:
+        ended_as(undisturbed, bucket, "leader", process)
+    finally:
+        cluster.mend(victim)
+        cluster.kill(victim)
+        cluster.join(victim)
+    assert json.loads(bucket.read("runs/leader/lease.json"))["token"] > first
+    assert [model.versions for model in Registry(bucket).models() if model.name == "leader"] == [[1]]
+
+
+@soak
+def test_the_store_is_away_for_half_a_minute(
+    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    process = submit(cluster, spec, "away")
+    until(reached(bucket, "away", EVERY), process)
+    cluster.freeze_store(True)
+    time.sleep(30)
+    cluster.freeze_store(False)
+    ended_as(undisturbed, bucket, "away", process)
+
+
+@soak
+def test_the_commands_process_is_killed(
+    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    process = submit(cluster, spec, "driver")
+    until(reached(bucket, "driver", EVERY), process)
+    found = [one for one in cluster.processes("raysd.cli import main") if "raysd.jobs.driver" not in one.cmdline()]
+    found[0].kill()
+    ended_as(undisturbed, bucket, "driver", process)
+
+
+@soak
+@pytest.mark.timeout(5400)
+def test_twenty_random_kills(
+    cluster: Hosts,
+    spec: Path,
+    bucket: Storage,
+    undisturbed: dict[str, torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Workers, commands and hosts, at random moments; every run ends as the undisturbed one. The seed is printed."""
+    seed = int(time.time())
+    chance = random.Random(seed)
+    kills: list[str] = []
+    number = 0
+    while len(kills) < 20:
+        number += 1
+        name = f"random-{number}"
+        process = submit(cluster, spec, name)
+        dead: list[int] = []
+        for step in sorted(chance.sample(range(1, STEPS - EVERY), 3)):
+            until(lambda name=name, step=step: passed(bucket, name, step), process)
+            kind = chance.choice(["worker", "command", "host"])
+            if (victim := kill_one(cluster, kind)) is not None:
+                dead.append(victim)
+            kills.append(f"{name} {kind} at step {step}")
+        ended_as(undisturbed, bucket, name, process)
+        for victim in dead:
+            cluster.join(victim)
+    with capsys.disabled():
+        print(f"\nseed {seed}: {len(kills)} kills in {number} runs\n" + "\n".join(kills))
+
+
+def passed(bucket: Storage, name: str, step: int) -> bool:
+    rows = runs.metrics(bucket.child(f"runs/{name}"))
+    return bool(rows) and int(rows[-1]["step"]) >= step
+
+
+def kill_one(cluster: Hosts, kind: str) -> int | None:
+    """The host that was killed, if one was."""
+    commands = [one for one in cluster.processes("raysd.cli import main") if "raysd.jobs.driver" not in one.cmdline()]
+    if kind == "command" and commands:
+        commands[0].kill()
+    workers = cluster.processes("RayTrainWorker")
+    if not workers:
+        return None
+    if kind == "worker":
+        workers[-1].kill()
+        return None
+    _, command = hosts_of(cluster)
+    victims = [host for host in {cluster.host_of(one.pid) for one in workers} if host != command]
+    if kind == "host" and victims:
+        cluster.kill(victims[0])
+        return victims[0]
+    return None
