@@ -21,7 +21,7 @@ SPACE = {
     "method.rank": {"kind": "choice", "values": [2, 4, 16]},
     "optim.batch_size": {"kind": "choice", "values": [2, 4, 8]},
 }
-EPOCHS, EVERY, GRACE, REDUCTION = 27, 1, 3, 3
+EPOCHS, EVERY, GRACE, REDUCTION = 27, 1, 1, 3
 AT_ONCE, SEEDS = 4, 100
 CLOSE, SHARE, OFTEN = 1.01, 0.35, 90
 

@@ -163,7 +163,10 @@ class Networks:
 
     def _free(self, unit: int) -> list[Any]:
         """Batch, height and width, the sides in multiples of `unit`."""
-        return [Dim("batch", max=TRACED_BATCH), *(unit * Dim(name) if unit > 1 else Dim(name) for name in ("height", "width"))]
+        return [
+            Dim("batch", max=TRACED_BATCH),
+            *(unit * Dim(name) if unit > 1 else Dim(name) for name in ("height", "width")),
+        ]
 
     def _sides(self, name: str) -> tuple[int, int]:
         layer: Any = self.denoiser.get_submodule(name)
