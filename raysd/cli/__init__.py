@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from raysd.cli import data, evaluate, feedback, jobs, keys, models, plan, serve, study, train, tune
+from raysd.cli.output import RESULT
 from raysd.console import errors
 from raysd.errors import RaysdError
 from raysd.jobs.outcome import note
@@ -31,12 +32,21 @@ def main() -> None:
     patient_collector()
     with native_logs() as log:
         status = _run(log)
+        _leave_ray()
         if status == 1 and log.stat().st_size:
             errors.print(f"details: {log}", markup=False, soft_wrap=True)
         else:
             log.unlink()
     gc.freeze()  # else the interpreter walks all that was imported before it ends: two seconds
     sys.exit(status)
+
+
+def _leave_ray() -> None:
+    """Now, while there are streams to print on what its processes said last: at exit they are closed, and Ray would crash."""
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+    sys.stdout = RESULT
 
 
 def _run(log: Path) -> int:

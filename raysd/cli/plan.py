@@ -77,8 +77,8 @@ def _all(bodies: list[dict[str, Any]]) -> Any:
         {
             **{name: body[name] for name in ("device", "workers", "steps")},
             "fits": "yes" if body["fits"] else "no",
-            "memory": _gib(body["bytes"]["needed"]),
-            "usable": _gib(body["bytes"]["usable"]),
+            "memory": _bytes(body["bytes"]["needed"]),
+            "usable": _bytes(body["bytes"]["usable"]),
             "s/step": f"{body['seconds_a_step']:.3g}",
             "from": body["seconds_from"],
             "time": _time(body["seconds"]),
@@ -96,12 +96,12 @@ def _one(body: dict[str, Any]) -> Any:
         "workers": body["workers"],
         "parameters": f"{body['parameters']['trained']:,} trained, {body['parameters']['frozen']:,} frozen",
         "micro-batches a step": " + ".join(map(str, body["micro_batches"])),
-        "memory a worker": f"{_gib(size['needed'])} of {_gib(size['usable'])}: {'fits' if body['fits'] else 'DOES NOT FIT'}",
-        f"at the {size['peak_moment']}": _gib(size["peak"]),
+        "memory a worker": f"{_bytes(size['needed'])} of {_bytes(size['usable'])}: {'fits' if body['fits'] else 'DOES NOT FIT'}",
+        f"at the {size['peak_moment']}": _bytes(size["peak"]),
     }
     parts = size["moments"][size["peak_moment"]]
-    rows |= {f"  {part}": _gib(value) for part, value in parts.items() if value}
-    rows |= {f"in the host: {part}": _gib(value) for part, value in size["host"].items()}
+    rows |= {f"  {part}": _bytes(value) for part, value in parts.items() if value}
+    rows |= {f"in the host: {part}": _bytes(value) for part, value in size["host"].items()}
     rows |= {
         "operations a step": f"{body['operations_a_step']:.3g}",
         "seconds a step": f"{body['seconds_a_step']:.3g} ({body['seconds_from']})",
@@ -120,15 +120,15 @@ def _remedy(body: dict[str, Any]) -> str:
 def comparison(found: dict[str, Any]) -> dict[str, str]:
     """Rows of `runs show`."""
     rows = {"device": found["device"]}
-    for name, form in (("peak_bytes", _gib), ("seconds_a_step", lambda value: f"{value:.3g} s"), ("seconds", _time)):
+    for name, form in (("peak_bytes", _bytes), ("seconds_a_step", lambda value: f"{value:.3g} s"), ("seconds", _time)):
         both = found[name]
         words = ", ".join(f"{which} {form(value)}" for which, value in both.items() if value is not None)
         rows[name.replace("_", " ").replace("peak bytes", "peak memory")] = words
     return rows
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def _time(seconds: float) -> str:

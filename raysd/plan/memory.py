@@ -17,7 +17,7 @@ from raysd.data.sampler import share
 from raysd.plan.shapes import Counts
 from raysd.plan.trace import Trace
 from raysd.train.deepspeed_engine import bucket_sizes
-from raysd.train.ema import _owners
+from raysd.train.ema import owners
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _average(counts: Counts, spec: TrainingSpec, world: int) -> int:
     if spec.optim.ema is None:
         return 0
     load = [0] * world
-    for name, owner in _owners(counts.shapes, world).items():
+    for name, owner in owners(counts.shapes, world).items():
         load[owner] += 4 * counts.shapes[name].numel()
     return max(load)
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from raysd.config.training import TrainingSpec
 from raysd.methods import METHODS
 from raysd.plan.shapes import Counts, batch_of, build, count, no_memory, take_off_meta
-from raysd.train.deepspeed_engine import _plain_layout
+from raysd.train.deepspeed_engine import plain_layout
 from raysd.train.engine import Autocast
 
 
@@ -56,7 +56,7 @@ def trace(folder: Path, spec: TrainingSpec, size: int, gpu: bool) -> Trace:
         take_off_meta(module)
         plain = spec.scale.zero_stage > 0 or spec.scale.most_workers > 1
         if plain:
-            _plain_layout(module)
+            plain_layout(module)
         if gpu:
             _norms_as_on_cuda(module)
         forward = Autocast(module, torch.device("cpu"), spec.scale.precision, cache=spec.scale.zero_stage < 3)

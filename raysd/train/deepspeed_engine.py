@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         self._stage, self._offload = spec.scale.zero_stage, spec.scale.offload == "optimizer"
         self._clip = spec.optim.clip
         self._parameters = trainable(module)
-        _plain_layout(module)
+        plain_layout(module)
         self._scale = LossScale(spec.scale.precision)
         self._config = ds_config(module, spec, world)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how it loads extensions
@@ -249,7 +249,7 @@ def _part_of(size: int, parts: int) -> int:
     return min(BUCKET, max(2**16, size // parts))
 
 
-def _plain_layout(module: nn.Module) -> None:
+def plain_layout(module: nn.Module) -> None:
     """DeepSpeed flattens and broadcasts parameters as plain memory: instead of channels_last weights, such inputs.
 
     A convolution then runs the same kernels and hands the layout on.

@@ -21,7 +21,7 @@ class Ema:
         """Starts from the engine's weights of now."""
         self._engine, self._decay = engine, decay
         self._shapes = {name: _shape(engine, name) for name in engine.trainable_names()}
-        self._owners = _owners(self._shapes, engine.world)
+        self._owners = owners(self._shapes, engine.world)
         self._own = {name: weight.clone() for name, weight in self._weights() if self._mine(name)}
 
     @torch.no_grad()
@@ -86,10 +86,10 @@ def _shape(engine: Engine, name: str) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # stage 3 leaves an empty tensor in the module
 
 
-def _owners(shapes: Mapping[str, torch.Size], world: int) -> dict[str, int]:
+def owners(shapes: Mapping[str, torch.Size], world: int) -> dict[str, int]:
     """The rank that keeps each tensor: from the largest on, the one that has least. In the order of `shapes`."""
-    load, owners = [0] * world, dict.fromkeys(shapes, 0)
+    load, found = [0] * world, dict.fromkeys(shapes, 0)
     for name in sorted(shapes, key=lambda name: -shapes[name].numel()):
-        owners[name] = min(range(world), key=load.__getitem__)
-        load[owners[name]] += shapes[name].numel()
-    return owners
+        found[name] = min(range(world), key=load.__getitem__)
+        load[found[name]] += shapes[name].numel()
+    return found

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from raysd.config.base import load
 from raysd.config.training import TrainingSpec
 from raysd.errors import SpecError, TrainingFailed
-from raysd.train.ema import Ema, _owners
+from raysd.train.ema import Ema, owners
 from raysd.train.engine import Engine, LossScale, TorchEngine, build_engine, clip_gradients
 from raysd.train.optimizer import build_optimizer
 
@@ -428,9 +428,9 @@ def test_11_the_moving_average_is_gathered_shown_and_taken_away(results, world, 
 
 def test_averages_are_spread_evenly():
     sizes = [1000, 999, 50, 40, 30, 900, 7, 7]
-    owners = _owners({str(size): torch.Size([size]) for size in sizes}, 3)
-    held = [sum(int(name) for name, owner in owners.items() if owner == rank) for rank in range(3)]
-    assert list(owners) == [str(size) for size in dict.fromkeys(sizes)]
+    found = owners({str(size): torch.Size([size]) for size in sizes}, 3)
+    held = [sum(int(name) for name, owner in found.items() if owner == rank) for rank in range(3)]
+    assert list(found) == [str(size) for size in dict.fromkeys(sizes)]
     assert max(held) - min(held) <= 50
 
 

@@ -33,6 +33,15 @@ UNET = 859_520_964
 """Parameters of Stable Diffusion 1.5's U-Net."""
 LORA = 797_184
 """Of the adapters of rank 4 on its attention, as diffusers' scripts train them."""
+SHALLOW = {
+    "sample_size": 16,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 64,
+    "attention_head_dim": 4,
+}
 PLAIN = load(
     TrainingSpec,
     {
@@ -50,7 +59,7 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return folder_of(tmp_path_factory.mktemp("small"), bases.SMALL)
+    return folder_of(tmp_path_factory.mktemp("small"), SHALLOW)
 
 
 def spec_with(**changes: Any) -> TrainingSpec:
@@ -233,9 +242,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(small, tmp_path, monkeypatch):
     table = tmp_path / "devices.toml"
-    monkeypatch.setenv("RAYSD_DEVICES", str(table))
     gpus(monkeypatch, **{"GPU": 1, "accelerator_type:L4": 1})
     needed = Planner(small, None).estimate(PLAIN, "L4", device("L4")).needed / 2**30
+    monkeypatch.setenv("RAYSD_DEVICES", str(table))
 
     table.write_text(f"[L4]\nreserved = 0\nmemory = {needed * 1.01}\n")
     assert fit.check_fit(PLAIN, small) is None
