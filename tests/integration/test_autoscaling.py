@@ -1,6 +1,7 @@
 """Searches on a cluster that grows: waiting trials bring nodes up, and their end lets them go."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -13,13 +14,18 @@ from tests.growing import IDLE_SECONDS, growing
 from tests.integration.test_tune import search_file
 
 pytestmark = pytest.mark.timeout(900)
-ALIVE = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+ALIVE = """
+import ray, sys
+ray.init(sys.argv[1], logging_level="ERROR", log_to_driver=False)
+print("alive", sum(node["Alive"] for node in ray.nodes()))
+"""
 
 
 def nodes(address):
     """How many are alive, as a process of its own sees it: this one may be connected to another cluster."""
     done = subprocess.run([sys.executable, "-c", ALIVE, address], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    found = re.findall(r"^alive (\d+)$", done.stdout, re.MULTILINE)  # the autoscaler prints there too
+    return int(found[0])
 
 
 def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tiny_pictures, tmp_path):
