@@ -128,13 +128,7 @@ class Hosts:
         subprocess.run(self._inside("h", command), env=self._values(HEAD), check=True, capture_output=True, timeout=120)
 
     def node_id(self, number: int) -> str:
-        code = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR', log_to_driver=False)\n"
-        code += "print([n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == sys.argv[2]][0])"
-        words = [sys.executable, "-c", code, f"{self.net}.{HEAD}:{PORT}", f"{self.net}.{HEAD + 1 + number}"]
-        done = subprocess.run(
-            self._inside("h", words), env=self._values(HEAD), check=True, capture_output=True, text=True, timeout=120
-        )
-        return done.stdout.split()[-1]
+        return next(node["node_id"] for node in self._nodes() if node["node_ip"] == f"{self.net}.{HEAD + 1 + number}")
 
     def processes(self, word: str, which: int | str | None = None) -> list[psutil.Process]:
         """Those with `word` in their command line, on one host or on all."""
@@ -170,6 +164,8 @@ class Hosts:
         _ip("-n", space, "addr", "add", f"{self.net}.{address}/24", "dev", "eth0")
         _ip("-n", space, "link", "set", "eth0", "up")
         _ip("-n", space, "link", "set", "lo", "up")
+        # Nothing goes there: Ray takes the address that a packet to the outside would leave from for its own.
+        _ip("-n", space, "route", "add", "default", "via", f"{self.net}.1")
 
     def _ray(self, name: str, address: int, options: list[str]) -> None:
         own = ["--block", f"--node-ip-address={self.net}.{address}", "--object-store-memory=100000000"]
@@ -213,7 +209,9 @@ class Hosts:
         return reader
 
     def _inside(self, name: str, command: list[str]) -> list[str]:
-        return ["ip", "netns", "exec", self._space(name), *command]
+        # Processes of its own: a command looks for Ray among those it sees, and a lease for its holder's pid.
+        alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        return ["ip", "netns", "exec", self._space(name), *alone, *command]
 
     def _pids(self, name: str) -> list[int]:
         done = subprocess.run(["ip", "netns", "pids", self._space(name)], capture_output=True, text=True, check=False)
@@ -221,8 +219,12 @@ class Hosts:
 
     def _alive(self) -> set[str]:
         """Addresses of the nodes that the head takes for alive."""
+        return {node["node_ip"] for node in self._nodes()}
+
+    def _nodes(self) -> list[dict[str, str]]:
+        """Those that the head takes for alive."""
         found = json.loads(self._get(f"{self.url}/api/v0/nodes?detail=1&limit=100"))
-        return {node["node_ip"] for node in found["data"]["result"]["result"] if node["state"] == "ALIVE"}
+        return [node for node in found["data"]["result"]["result"] if node["state"] == "ALIVE"]
 
     def _get(self, url: str) -> bytes:
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {self.token_file.read_text()}"})
