@@ -16,14 +16,16 @@ from tests.livebytes import ranks_peaks
 
 WITHIN = 0.15
 RESOLUTION = 8 * bases.REDUCED["sample_size"]
-ALONE = [
+FEW = [
     ("lora", {}),
-    ("lora", {"scale.precision": "bf16"}),
     ("full", {}),
-    ("full", {"scale.precision": "bf16"}),
     ("full", {"scale.gradient_checkpointing": True}),
-    ("full", {"optim.micro_batch": 1}),
     ("full", {"scale.zero_stage": 2}),
+]
+MORE = [
+    ("lora", {"scale.precision": "bf16"}),
+    ("full", {"scale.precision": "bf16"}),
+    ("full", {"optim.micro_batch": 1}),
     ("full", {"scale.zero_stage": 2, "scale.offload": "optimizer"}),
     ("full", {"scale.zero_stage": 3}),
 ]
@@ -45,7 +47,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return bases.denoiser_only(root / "base", bases.REDUCED), root / "caches"
 
 
-@pytest.mark.parametrize(("world", "cases"), [(1, ALONE), (2, TWO)], ids=["one worker", "two workers"])
+@pytest.mark.parametrize(
+    ("world", "cases"),
+    [
+        pytest.param(1, FEW, id="one worker"),
+        pytest.param(1, MORE, id="one worker, more settings", marks=pytest.mark.soak),
+        pytest.param(2, TWO, id="two workers", marks=pytest.mark.soak),
+    ],
+)
 def test_planned_memory_is_what_a_step_holds(made, world, cases):
     base, root = made
     specs = [

@@ -199,6 +199,7 @@ def test_a_job_whose_own_process_is_killed_is_submitted_again_by_who_follows(pla
     assert f"job {ids[0]} was lost with its process or node; it goes on as {ids[1]}" in said
 
 
+@pytest.mark.soak
 def test_stopping_leaves_a_checkpoint_and_the_same_submission_goes_on_though_its_driver_is_killed(
     place, storage, tiny_base, tiny_pictures, tmp_path
 ):

@@ -123,7 +123,9 @@ def test_a_hang_ends_the_attempt_with_stacks_and_the_run_goes_on(path, ray_addre
     assert any("training_steps" in text for text in found)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.soak), "runs stop"])
+@pytest.mark.parametrize(
+    "how", [pytest.param("SIGTERM", marks=pytest.mark.soak), pytest.param("SIGINT", marks=pytest.mark.soak), "runs stop"]
+)
 def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, undisturbed, tmp_path, how):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, 2), process)
