@@ -124,7 +124,8 @@ def test_a_hang_ends_the_attempt_with_stacks_and_the_run_goes_on(path, ray_addre
 
 
 @pytest.mark.parametrize(
-    "how", [pytest.param("SIGTERM", marks=pytest.mark.soak), pytest.param("SIGINT", marks=pytest.mark.soak), "runs stop"]
+    "how",
+    [pytest.param("SIGTERM", marks=pytest.mark.soak), pytest.param("SIGINT", marks=pytest.mark.soak), "runs stop"],
 )
 def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, undisturbed, tmp_path, how):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
