@@ -31,7 +31,7 @@ def read_config(path: Path) -> tuple[ServingSpec, dict[str, Any]]:
     ours = [found for found in config.applications if found.import_path == BUILDER]
     if len(ours) != 1 or len(config.applications) != 1:
         raise SpecError(f"{path}: applications: name {BUILDER} once; deploy other ones with `serve deploy`")
-    http = config.http_options.model_dump() | {"location": config.proxy_location}
+    http = config.http_options.model_dump(exclude_unset=True) | {"location": config.proxy_location}
     return load(ServingSpec, ours[0].args, str(path)), http
 
 

@@ -46,6 +46,15 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, object], messa
     assert len(str(error.value).splitlines()) <= 3
 
 
+def test_a_config_that_names_no_host_is_for_this_machine(tmp_path: Path) -> None:
+    """Ray's own default would be every address."""
+    application = {"name": "raysd", "import_path": BUILDER, "args": {"models": [{"ref": "tiny-sd"}]}}
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    _, http = read_config(path)
+    assert "host" not in http
+
+
 def test_what_is_no_config_is_said_in_a_line(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     for text in ("a: [", "applications: 3", "applications: [{name: x, import_path: other.module:app}]"):
