@@ -60,13 +60,19 @@ def runs_list(as_json: Json = False) -> None:
 
 
 @runs_app.command("show")
-def runs_show(name: str, as_json: Json = False) -> None:
-    """One run: its status, progress and settings."""
+def runs_show(
+    name: str,
+    planned: Annotated[
+        bool, typer.Option("--planned", help="What was planned beside what it took, on CPUs too: some ten seconds.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """One run: its status, progress and settings; of one on GPUs, what was planned beside what it took."""
     from raysd.train import runs
 
     root = open_storage()
     record = runs.read(root, name)
-    beside = _planned_and_actual(root, name)
+    beside = _planned_and_actual(root, name, planned)
     body = {**summary(record), **({"planned_and_actual": beside} if beside else {}), "spec": record.spec}
     rows = {**summary(record), **(comparison(beside) if beside else {}), **flat(record.spec)}
     show(body, as_json, lambda: pairs(rows))
@@ -109,12 +115,12 @@ def runs_delete(name: str) -> None:
     out.print(f"deleted run {name}")
 
 
-def _planned_and_actual(root: Any, name: str) -> dict[str, Any] | None:
+def _planned_and_actual(root: Any, name: str, asked: bool) -> dict[str, Any] | None:
     """None for a run that did not end, or whose base is no longer there to be planned with."""
     from raysd.plan.actual import beside
 
     try:
-        return beside(root, name)
+        return beside(root, name, asked)
     except RaysdError:
         return None
 

@@ -14,15 +14,16 @@ from raysd.train import runs
 KEPT = "estimate.json"
 
 
-def beside(root: Storage, name: str) -> dict[str, Any] | None:
+def beside(root: Storage, name: str, asked: bool = True) -> dict[str, Any] | None:
     """{"peak_bytes" | "seconds_a_step" | "seconds": {"planned": ..., "actual": ...}}, or None if the run said nothing yet.
 
-    What was planned is computed the first time, which takes seconds, and kept in the run's folder.
+    What was planned is computed the first time, which takes some ten seconds, and kept in the run's folder. Unless it
+    was `asked` for, a run on CPUs is spared that.
     Seconds are planned from the stated assumption, never from the run itself.
     """
     run = runs.storage_of(root, name)
     usage = usage_of(run)
-    if usage is None:
+    if usage is None or not (asked or usage["device"] != "cpu" or run.exists(KEPT)):
         return None
     planned = _planned(root, name, run, usage)
     step = seconds_a_step(run)

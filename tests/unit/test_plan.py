@@ -288,13 +288,14 @@ def test_planned_and_actual_stand_side_by_side(tmp_path, small):
 
     root = Storage(str(tmp_path))
     finished(root, "run", override(PLAIN, {"base": str(small)}), 0.5)
+    assert beside(root, "run", asked=False) is None, "a run on CPUs is spared the planning"
     found = beside(root, "run")
     assert found is not None
     planned = Planner(small, None).estimate(PLAIN, "CPU", device("CPU"))
     assert found["peak_bytes"] == {"planned": planned.memory.peak.total, "actual": 1000}
     assert found["seconds_a_step"] == {"planned": planned.seconds_a_step, "actual": pytest.approx(0.5)}
     assert found["seconds"]["actual"] == 60.0
-    assert beside(root, "run") == found, "kept"
+    assert beside(root, "run", asked=False) == found, "kept"
     shown = raysd("runs", "show", "run", storage=tmp_path)
     assert "actual 0.5 s" in shown.stdout, shown.stderr
 
