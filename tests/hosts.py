@@ -10,6 +10,7 @@ A host is killed with all that runs on it, cut off by taking its cable out, or d
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,8 +256,8 @@ class Hosts:
 @contextmanager
 def hosts(folder: Path, count: int = 3) -> Iterator[Hosts]:
     """Running hosts. Skips the test where there may be none."""
-    if os.geteuid() != 0 or subprocess.run(["ip", "netns", "list"], capture_output=True, check=False).returncode:
-        pytest.skip("hosts of their own are network namespaces, which need root and iproute2")
+    if os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("unshare")):
+        pytest.skip("hosts of their own are network namespaces, which need root, iproute2 and unshare")
     running = Hosts(folder, count)
     try:
         running.start()
