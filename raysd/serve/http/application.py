@@ -89,6 +89,13 @@ def build(
     if spec.page:
         app.include_router(_page(pages.Settings(spec.public, http.most_steps, http.most_pixels)))
     errors.handle(app)
+    _guard(app, spec, database)
+    return app
+
+
+def _guard(app: FastAPI, spec: ServingSpec, database: Database) -> None:
+    """The gate before all routes, and before it what other sites' pages may ask."""
+    http = spec.http
     access = Access(Checker(Keys(database)), loopback=not spec.public)
     app.add_middleware(
         Gate,
@@ -113,7 +120,6 @@ def build(
             ],
             expose_headers=EXPOSED,
         )
-    return app
 
 
 def secret_in(storage: Storage) -> bytes:
