@@ -101,9 +101,7 @@ def training_steps(
         loss_sum, agreed, seconds = _agree(engine, local, votes(), own)
         mean = loss_sum / spec.optim.batch_size
         if not torch.isfinite(torch.tensor(mean)):
-            raise TrainingFailed(
-                f"step {step + 1}: the loss is {mean}; lower optim.lr, or use scale.precision bf16 or fp32"
-            )
+            raise TrainingFailed(f"step {step + 1}: the loss is {mean}; {ADVICE}")
         yield StepRecord(step + 1, mean, rate, norm, batches.sampler.epoch_of(step + 1), agreed, seconds)
 
 
