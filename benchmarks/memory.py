@@ -37,10 +37,10 @@ def run(options: Options) -> Result:
     for _ in range(repeats):
         for kind, found in kinds.items():
             found.append(spawned.alone(_peak, Task(base, options.work, 8, spec_of(kind, 1, 8 * side))))
-        for stage, found_of_ranks in stages.items():
-            task = Task(base, options.work, 8, spec_of("full", WORLD, 8 * side))
-            sharded = task.changed(scale__workers=WORLD, scale__zero_stage=stage)
-            found_of_ranks.append(spawned.ranks(WORLD, _peak_of_rank, sharded))
+    for stage, found_of_ranks in stages.items():
+        task = Task(base, options.work, 8, spec_of("full", WORLD, 8 * side))
+        sharded = task.changed(scale__workers=WORLD, scale__zero_stage=stage)
+        found_of_ranks.append(spawned.ranks(WORLD, _peak_of_rank, sharded))
     return _result(kinds, stages, {"shape": shape, "batch_a_worker": 1, "precision": "fp32", "steps": STEPS})
 
 

@@ -28,7 +28,7 @@ def ranks(world: int, work: Work, *arguments: Any) -> list[Any]:
 
 def _spawn(enter: Callable[..., None], world: int, work: Work, arguments: tuple[Any, ...]) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-        spawn(enter, (world, _free_port(), work, arguments, folder), nprocs=world)
+        spawn(enter, (world, free_port(), work, arguments, folder), nprocs=world)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -46,7 +46,7 @@ def _enter_rank(rank: int, world: int, port: int, work: Work, arguments: tuple[A
     dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

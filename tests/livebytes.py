@@ -21,9 +21,9 @@ def ranks_peaks(rank: int, tasks: list[Task], world: int) -> list[int]:
     """For `benchmarks.spawned`: bytes at the peak of a step of each task, on this rank."""
     import diffusers  # noqa: F401
 
-    from raysd.quiet import patient_collector
+    from raysd.quiet import import_quickly
 
-    patient_collector()  # as a worker has it: circular garbage lives as long here
+    import_quickly()  # as a worker has it: circular garbage lives as long here
     return [peak(task, rank, world) for task in tasks]
 
 

@@ -12,7 +12,7 @@ from raysd.cli.output import RESULT
 from raysd.console import errors
 from raysd.errors import RaysdError
 from raysd.jobs.outcome import note
-from raysd.quiet import native_logs, patient_collector, quiet_libraries
+from raysd.quiet import import_quickly, native_logs, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for verbs in (train.app, plan.app, tune.app, evaluate.app, models.app, serve.app, jobs.app):
@@ -29,7 +29,7 @@ app.add_typer(jobs.jobs_app, name="jobs")
 def main() -> None:
     """Run a command. Exit status: 0 done, 1 failed, 2 the request was wrong."""
     quiet_libraries()
-    patient_collector()
+    import_quickly()
     with native_logs() as log:
         status = _run(log)
         _leave_ray()

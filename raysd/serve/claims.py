@@ -28,15 +28,19 @@ def take(
 ) -> Sequence[PredictionRow]:
     """Claim the oldest that are free. What was claimed with the same ticket is what is claimed: its answer was lost."""
     of_model = PredictionRow.model == model
-    mine = select(PredictionRow).where(PredictionRow.status == "processing", of_model, PredictionRow.ticket == ticket)
-    rows = session.scalars(mine).all()
-    if rows:
-        return rows
-    free = select(PredictionRow).where(of_model, _free(now)).order_by(PredictionRow.created, PredictionRow.id)
+    mine = and_(PredictionRow.status == "processing", PredictionRow.ticket == ticket)
     if id is not None:
-        free = free.where(PredictionRow.id == id)
-    rows = session.scalars(free.limit(most).with_for_update(skip_locked=True)).all()
+        wanted = select(PredictionRow).where(PredictionRow.id == id, of_model, or_(mine, _free(now)))
+    else:
+        rows = session.scalars(select(PredictionRow).where(of_model, mine)).all()
+        if rows:
+            return rows
+        wanted = select(PredictionRow).where(of_model, _free(now))
+    wanted = wanted.order_by(PredictionRow.created, PredictionRow.id).limit(most)
+    rows = session.scalars(wanted.with_for_update(skip_locked=True)).all()
     for row in rows:
+        if row.ticket == ticket:
+            continue
         row.status, row.worker, row.ticket, row.lease_end = "processing", worker, ticket, now + LEASE
         row.token, row.attempt, row.started = row.token + 1, row.attempt + 1, row.started or now
     return rows

@@ -14,6 +14,7 @@ from raysd.references import Located, identity, locate
 from raysd.registry import Pin, Registry, signing
 from raysd.serve.predictor import Predictor
 from raysd.serve.scheduler import Busy
+from raysd.serve.threads import in_passing
 from raysd.storage import Storage
 
 PATIENCE = 60.0
@@ -99,14 +100,17 @@ class Pool:
             found = self._held(digest)
             if found is not None:
                 return found
-            located = self._locate(ref, digest)
-            self._known[digest] = located
-            self._load_base(located)
-            if located.lora is not None:
-                self._load_adapter(located, digest)
+            in_passing(lambda: self._load(ref, digest))
             found = self._held(digest)
             assert found is not None  # nothing is let go but by loads, and this is the only one
             return found
+
+    def _load(self, ref: str, digest: str) -> None:
+        located = self._locate(ref, digest)
+        self._known[digest] = located
+        self._load_base(located)
+        if located.lora is not None:
+            self._load_adapter(located, digest)
 
     def _held(self, digest: str) -> tuple[Base, Entry | None] | None:
         """What is loaded already, counted as used."""

@@ -30,9 +30,12 @@ class Replica:
     """Claims predictions of its model and draws them. Ready once the deployed version is loaded."""
 
     def __init__(self, spec: ModelSpec, storage: str, database: str | None, keep: float, signers: Sequence[str] = ()):
-        from raysd.quiet import quiet_libraries
+        from raysd.quiet import import_quickly, quiet_libraries
 
         quiet_libraries()
+        import_quickly()
+        import torch
+
         from raysd.database import Database
         from raysd.serve import tracing
         from raysd.serve.finish import open_finish
@@ -55,6 +58,7 @@ class Replica:
             if adapter:
                 self._metrics.lora_loaded(model, ref, seconds)
 
+        torch.set_num_threads(max(1, int(spec.cpus)))  # of the threads that begin after this
         self._scheduler = Scheduler(spec.rows, spec.admitted, spec.waiting + spec.admitted * 10, stepped)
         self._pool = Pool(
             store, lambda located: open_base(spec, located, store), spec.bases, spec.adapters, loaded, signers
@@ -118,10 +122,12 @@ class Replica:
 
     def _load(self, target: "Target") -> None:
         """Load a version before it is asked for. One that cannot be loaded is refused when it is."""
+        from raysd.serve.threads import in_passing
+
         try:
             with self._pool.use(target.ref, target.digest) as ready:
                 if ready.adapter is None:
-                    warm(ready.predictor, self.spec.rows)
+                    in_passing(lambda: warm(ready.predictor, self.spec.rows))
         except (RaysdError, FloatingPointError) as error:
             log.error("%s cannot be loaded: %s", target.ref, error)
             self._metrics.loaded(self.spec.served_name, target.ref, "failed")
@@ -140,11 +146,8 @@ def warm(predictor: "Predictor", rows: int) -> None:
 
 def open_base(spec: ModelSpec, located: "Located", storage: "Storage") -> "Predictor":
     """A predictor for the base at or below `located`, on this process's device."""
-    import torch
-
     from raysd.serve.predictor import Predictor
 
-    torch.set_num_threads(max(1, int(spec.cpus)))
     backend = _onnx(spec, located, storage) if spec.backend == "onnx" else _torch(spec, located)
     return Predictor(located.family, located.folder, backend)
 

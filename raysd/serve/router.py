@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,6 +26,8 @@ from raysd.storage import Storage
 log = logging.getLogger(__name__)
 LOOK = 0.1
 """Seconds between looks at the predictions that somebody waits for and no replica tells about."""
+LOOK_AT_CALLED = 1.0
+"""The same for those that a replica should tell about."""
 COUNT = 1.0
 """Seconds between counts of what waits."""
 TIDY = 3600.0
@@ -94,10 +97,11 @@ class Router:
         told: asyncio.Queue[Event] = asyncio.Queue()
         self._watchers.setdefault(id, []).append(told)
         try:
-            prediction = await asyncio.to_thread(self.queue.get, id)
-            if prediction.ended:
-                yield Ended(prediction)
-                return
+            if id not in self._calls:  # else the call tells the end; if it just did, `_look` finds it
+                prediction = await asyncio.to_thread(self.queue.get, id)
+                if prediction.ended:
+                    yield Ended(prediction)
+                    return
             while True:
                 event = await told.get()
                 yield event
@@ -181,11 +185,15 @@ class Router:
 
     async def _look(self) -> None:
         """Tell of what ended elsewhere: claimed by another replica's own accord, cancelled, expired."""
+        looked = 0.0
         while True:
             await asyncio.sleep(LOOK)
+            ids = [id for id in self._watchers if id not in self._calls]
+            if time.monotonic() - looked >= LOOK_AT_CALLED:
+                looked, ids = time.monotonic(), list(self._watchers)
             try:
-                if self._watchers:
-                    for prediction in await asyncio.to_thread(self.queue.ended, list(self._watchers)):
+                if ids:
+                    for prediction in await asyncio.to_thread(self.queue.ended, ids):
                         self._tell(prediction.id, Ended(prediction))
             except Exception as error:
                 log.warning("the database could not be asked: %s", error)

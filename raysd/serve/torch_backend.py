@@ -46,9 +46,11 @@ class TorchBackend:
     ):
         self.device, self.family = device, family
         self.dtype = PRECISIONS[precision]
-        # channels_last: convolutions run a third faster so, on CPUs and on tensor cores.
-        self._denoiser = self._place(family.denoiser(folder)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._denoiser = self._place(family.denoiser(folder))
         self._autoencoder = self._place(family.autoencoder(folder), at_least=torch.bfloat16)
+        for network in (self._denoiser, self._autoencoder):
+            # Convolutions run a fifth to a third faster so, on CPUs and on tensor cores.
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._text_encoder = self._place(family.text_encoder(folder))
         self._call: Any = torch.compile(self._denoiser, dynamic=True) if compiled else self._denoiser
         self._adapter: str | None = None
@@ -66,7 +68,8 @@ class TorchBackend:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        ready = latents.to(self.device, next(self._autoencoder.parameters()).dtype)
+        dtype = next(self._autoencoder.parameters()).dtype
+        ready = latents.to(self.device, dtype, memory_format=torch.channels_last)
         return self.family.pixels(self._autoencoder, ready).float()
 
     @torch.inference_mode()

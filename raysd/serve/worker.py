@@ -31,6 +31,7 @@ from raysd.serve.predictions import Picture as Kept
 from raysd.serve.queue import Queue
 from raysd.serve.safety import Flagged
 from raysd.serve.scheduler import Busy, Canceled, Picture, Scheduler
+from raysd.serve.threads import in_passing
 from raysd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -133,9 +134,11 @@ class Worker:
             self._failed(claim, f"{type(error).__name__}: the service's log says more")
         finally:
             with self._lock:
+                full = self.in_work >= self.most
                 del self._claims[claim.id]
             self.metrics.in_progress(self.model, self.in_work)
-            self._room.set()
+            if full:  # others may have found no room
+                self._room.set()
 
     def _drawn(self, claim: Claim, ready: Ready, watch: Watch | None) -> tuple[list[Image.Image], dict[str, Any]]:
         prediction = claim.prediction
@@ -168,7 +171,7 @@ class Worker:
         flagged = [False] * len(images)
         if self.finish.classifier is not None:
             with tracing.span("classify"):
-                flagged = self.finish.flagged(images)
+                flagged = in_passing(lambda: self.finish.flagged(images))
         if any(flagged):
             times["flagged"] = sum(flagged)
             self.metrics.flagged(self.model, claim.prediction.ref, sum(flagged))

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -286,7 +286,7 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
         os.environ.setdefault("LOCAL_RANK", "0")
     else:
         os.environ["LOCAL_RANK"] = str(device.index or 0)
-    with contextlib.redirect_stdout(io.StringIO()), _hidden("mlflow"):
+    with contextlib.redirect_stdout(io.StringIO()):
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
@@ -297,19 +297,6 @@ def _import_deepspeed(device: torch.device) -> ModuleType:
     stub.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})  # type: ignore[attr-defined]
     sys.modules.setdefault(stub.__name__, stub)
     return deepspeed
-
-
-@contextlib.contextmanager
-def _hidden(package: str) -> Iterator[None]:
-    """A package that is installed but not imported cannot be for a while: DeepSpeed's autotuner would load it (2 s)."""
-    absent = package not in sys.modules
-    if absent:
-        sys.modules[package] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        if absent:
-            del sys.modules[package]
 
 
 def _join(device: torch.device, rank: int, world: int) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from raysd.config.training import OptimSpec
 from raysd.errors import SpecError
+from raysd.quiet import bring_in
 
 Parameters = Sequence[nn.Parameter]
 
@@ -49,6 +50,7 @@ def _adamw(parameters: Parameters, spec: OptimSpec) -> Optimizer:
 def _adamw8bit(parameters: Parameters, spec: OptimSpec) -> Optimizer:
     """AdamW with moments in 8 bits a number, in blocks of 256 (Dettmers et al. 2022); small tensors keep 32 bits."""
     try:
+        bring_in("bitsandbytes")
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise SpecError(f"optim.kind adamw8bit needs bitsandbytes (pip install 'raysd[optimizers]'): {error}") from None

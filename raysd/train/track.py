@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from raysd.config import TrainingSpec
 from raysd.errors import RequestError
+from raysd.quiet import bring_in
 from raysd.storage import Storage
 
 
@@ -108,9 +109,7 @@ class Trackers:
 
 
 def _require(module: str) -> Any:
-    import importlib
-
     try:
-        return importlib.import_module(module)
+        return bring_in(module)
     except ImportError:
         raise RequestError(f"track.{module}: not installed; pip install 'raysd[{module}]'") from None

@@ -19,7 +19,7 @@ from raysd.data.sampler import Sampler
 from raysd.errors import OutOfMemory, RaysdError
 from raysd.lease import check_fence
 from raysd.methods import METHODS
-from raysd.quiet import patient_collector
+from raysd.quiet import import_quickly
 from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, validate
@@ -54,7 +54,7 @@ class Job:
 
 def train_worker(config: dict[str, Any]) -> None:
     """Entry point of a rank. A problem that starting again cannot mend is told to the driver, and ends the next attempt."""
-    patient_collector()
+    import_quickly()
     job: Job = config["job"]
     if ray.get(job.link.failure.remote()) is not None:
         return
