@@ -24,9 +24,11 @@ from benchmarks import (  # noqa: E402
     page,
     peer,
     results,
+    saving,
     scheduler,
     service,
     step,
+    submission,
     workers,
 )
 from benchmarks.options import Options, Skipped  # noqa: E402
@@ -43,6 +45,8 @@ BENCHMARKS: dict[str, ModuleType] = {
     "onnx": onnx,
     "scheduler": scheduler,
     "service": service,
+    "saving": saving,
+    "submission": submission,
     "gpu": gpu,
 }
 EXTRA = {"peer": " --peer-script train_text_to_image_lora.py --peer-python PYTHON"}

@@ -15,7 +15,7 @@ from raysd.diffusion import add_noise, sample_posterior
 from raysd.methods import METHODS, TrainedModule
 from raysd.models import family_of
 from raysd.train.batches import Batches, Source
-from raysd.train.engine import AUTOCAST, build_engine
+from raysd.train.engine import AUTOCAST, Engine, build_engine
 from raysd.train.loop import training_steps
 
 ENDLESS = 10**9
@@ -52,6 +52,11 @@ def spec_of(kind: str, batch: int, resolution: int, precision: str = "fp32") -> 
 
 def raysd_loop(task: Task, device: torch.device, rank: int = 0, world: int = 1) -> Iterator[float]:
     """raysd's steps over the caches, without Ray; yields losses."""
+    return raysd_training(task, device, rank, world)[1]
+
+
+def raysd_training(task: Task, device: torch.device, rank: int = 0, world: int = 1) -> tuple[Engine, Iterator[float]]:
+    """The engine, and the losses of its steps."""
     family, spec = family_of(task.base), task.spec
     schedule, method = family.noise_schedule(task.base), METHODS[spec.method.kind]
     engine = build_engine(_module(task, device, world), spec, device=device, rank=rank, world=world)
@@ -59,7 +64,8 @@ def raysd_loop(task: Task, device: torch.device, rank: int = 0, world: int = 1) 
     sampler = Sampler(task.pictures, spec.optim.batch_size, spec.seed)
     items = caches.items(task.pictures)
     batches = Batches(items, caches.EMPTY, source, sampler, schedule, spec, rank, world)
-    return (record.loss for record in training_steps(engine, method, batches, schedule, spec, None, 0, ENDLESS))
+    steps = training_steps(engine, method, batches, schedule, spec, None, 0, ENDLESS)
+    return engine, (record.loss for record in steps)
 
 
 def bare_loop(task: Task, device: torch.device, parallel: bool = False) -> Iterator[float]:

@@ -1,6 +1,7 @@
 """Work in fresh processes: several ranks with a gloo group, each on a core of its own, or one alone."""
 
 import json
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 Work = Callable[..., Any]
 """A function of a module, called with the rank and the arguments; what it returns goes through JSON."""
@@ -18,17 +19,18 @@ Work = Callable[..., Any]
 
 def alone(work: Work, *arguments: Any) -> Any:
     """What `work(*arguments)` returns in a fresh process, with all cores."""
-    return _spawn(_enter_alone, 1, work, arguments)[0]
+    return _started("spawn", _enter_alone, 1, work, arguments)[0]
 
 
 def ranks(world: int, work: Work, *arguments: Any) -> list[Any]:
     """What `work(rank, *arguments)` returns on each rank: one thread a rank, pinned to one core, a gloo group round all."""
-    return _spawn(_enter_rank, world, work, arguments)
+    multiprocessing.set_forkserver_preload(["benchmarks.preloaded"])
+    return _started("forkserver", _enter_rank, world, work, arguments)
 
 
-def _spawn(enter: Callable[..., None], world: int, work: Work, arguments: tuple[Any, ...]) -> list[Any]:
+def _started(method: str, enter: Callable[..., None], world: int, work: Work, arguments: tuple[Any, ...]) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="benchmarks-") as folder:
-        spawn(enter, (world, free_port(), work, arguments, folder), nprocs=world)
+        start_processes(enter, (world, free_port(), work, arguments, folder), nprocs=world, start_method=method)
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 

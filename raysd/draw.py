@@ -52,8 +52,14 @@ def draw(
 
 def open_pipeline(located: Located) -> Any:
     """The family's diffusers pipeline on this machine's device."""
+    from diffusers import ModelMixin
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return located.family.pipeline(located.folder, located.lora).to(device)
+    pipeline = located.family.pipeline(located.folder, located.lora).to(device)
+    for network in pipeline.components.values():
+        if isinstance(network, ModelMixin):  # with convolutions, which run a fifth to a third faster so
+            network.to(memory_format=torch.channels_last)
+    return pipeline
 
 
 def draw_batch(pipeline: Any, requests: Sequence[Request], step: Callable[..., Any] | None = None) -> list[Image.Image]:

@@ -21,16 +21,17 @@ HOST = "127.0.0.1"
 
 @dataclass(frozen=True)
 class Secured:
-    """Where it answers, and the file of its token."""
+    """Where its dashboard answers and its processes meet, and the file of its token."""
 
     url: str
+    address: str
     token_file: Path
     scratch: Path
 
 
 @contextmanager
 def secured(folder: Path, cpus: int, **environment: str) -> Iterator[Secured]:
-    """Started with ports and a session folder of its own, ended by pid."""
+    """Started with ports and a session folder of its own, ended by pid. The node has a desk and stands in the attic."""
     token_file = folder / "token"
     token_file.write_text(uuid.uuid4().hex + uuid.uuid4().hex)
     # A socket's path may have 107 characters: the session lies under a short name.
@@ -47,7 +48,7 @@ def secured(folder: Path, cpus: int, **environment: str) -> Iterator[Secured]:
     gcs, dashboard = free_port(), free_port()
     head = ["--head", f"--port={gcs}", "--num-cpus=0", "--include-dashboard=true", f"--dashboard-host={HOST}"]
     head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}", f"--temp-dir={scratch}"]
-    node = [f"--address={HOST}:{gcs}", f"--num-cpus={cpus}"]
+    node = [f"--address={HOST}:{gcs}", f"--num-cpus={cpus}", '--resources={"desk": 1}', "--labels=room=attic"]
     log = (folder / "nodes.log").open("w")
     started: list[subprocess.Popen[bytes]] = []
     try:
@@ -55,7 +56,7 @@ def secured(folder: Path, cpus: int, **environment: str) -> Iterator[Secured]:
         url = f"http://{HOST}:{dashboard}"
         _wait(started[0], url, token_file.read_text(), folder / "nodes.log")
         started.append(_start(node, values, log))
-        yield Secured(url, token_file, scratch)
+        yield Secured(url, f"{HOST}:{gcs}", token_file, scratch)
     finally:
         _end(started, str(scratch))
         log.close()

@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import typer
+from typer.exceptions import TyperException
 
 from raysd.cli import data, evaluate, feedback, jobs, keys, models, plan, serve, study, train, tune
 from raysd.cli.output import RESULT
@@ -52,9 +53,12 @@ def _leave_ray() -> None:
 def _run(log: Path) -> int:
     """The command's exit status. An error's traceback goes to `log`."""
     try:
-        app()
+        status = app(prog_name="raysd", standalone_mode=False)
+        return status if isinstance(status, int) else 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except TyperException as error:
+        return _misspelt(error)
     except RaysdError as error:
         note(error)
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
@@ -69,4 +73,12 @@ def _run(log: Path) -> int:
         reason = (str(error).splitlines() or [""])[0][:300]
         errors.print(f"{type(error).__name__}: {reason}", markup=False, style="red", soft_wrap=True)
         return 1
-    return 0
+
+
+def _misspelt(error: TyperException) -> int:
+    """A verb or an option that is not there, in two lines as every wrong request."""
+    context = getattr(error, "ctx", None)
+    errors.print(error.format_message(), markup=False, style="red", soft_wrap=True)
+    if context is not None:
+        errors.print(f"help: {context.command_path} --help", markup=False, soft_wrap=True)
+    return 2

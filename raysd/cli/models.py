@@ -42,12 +42,12 @@ def models_show(ref: str, as_json: Json = False) -> None:
 
 
 @models_app.command("alias")
-def models_alias(ref: str, name: str) -> None:
+def models_alias(ref: str, name: str, as_json: Json = False) -> None:
     """Point an alias at a version."""
     registry = open_registry()
     version = registry.resolve(ref)
     registry.alias(version, name)
-    out.print(f"{version.model}:{name} -> {version.ref}")
+    _show_alias(version.model, name, version.ref, as_json)
 
 
 @models_app.command("history")
@@ -58,19 +58,23 @@ def models_history(model: str, alias: str, as_json: Json = False) -> None:
 
 
 @models_app.command("rollback")
-def models_rollback(model: str, alias: str) -> None:
+def models_rollback(model: str, alias: str, as_json: Json = False) -> None:
     """Point an alias at the version it had before."""
     move = open_registry().rollback(model, alias)
-    out.print(f"{model}:{alias} -> {model}@{move.version}")
+    _show_alias(model, alias, f"{model}@{move.version}", as_json)
 
 
 @models_app.command("withdraw")
-def models_withdraw(ref: str, reason: Annotated[str, typer.Option(help="Why; kept with the version.")] = "") -> None:
+def models_withdraw(
+    ref: str,
+    reason: Annotated[str, typer.Option(help="Why; kept with the version.")] = "",
+    as_json: Json = False,
+) -> None:
     """Take a version out of use; it is kept, and never resolved again."""
     registry = open_registry()
     version = registry.resolve(ref, withdrawn_ok=True)
     registry.withdraw(version, reason)
-    out.print(f"withdrew {version.ref}")
+    show({"ref": version.ref, "withdrawn": reason}, as_json, lambda: f"withdrew {version.ref}")
 
 
 @models_app.command("sign")
@@ -104,6 +108,10 @@ def models_gc(
     """Remove files that no version refers to."""
     collected = asdict(open_registry().collect(dry_run=dry_run))
     show(collected, as_json, lambda: pairs(collected))
+
+
+def _show_alias(model: str, alias: str, ref: str, as_json: bool) -> None:
+    show({"model": model, "alias": alias, "ref": ref}, as_json, lambda: f"{model}:{alias} -> {ref}")
 
 
 @app.command()

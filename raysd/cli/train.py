@@ -79,12 +79,13 @@ def runs_show(
 
 
 @runs_app.command("stop")
-def runs_stop(name: str) -> None:
+def runs_stop(name: str, as_json: Json = False) -> None:
     """Ask a run to write a checkpoint and end."""
     from raysd.train import runs
 
     runs.request_stop(open_storage(), name)
-    out.print(f"asked run {name} to stop; it writes a checkpoint first")
+    said = f"asked run {name} to stop; it writes a checkpoint first"
+    show({"run": name, "asked": "stop"}, as_json, lambda: said)
 
 
 @runs_app.command("resume")
@@ -107,12 +108,12 @@ def runs_diff(first: str, second: str, as_json: Json = False) -> None:
 
 
 @runs_app.command("delete")
-def runs_delete(name: str) -> None:
+def runs_delete(name: str, as_json: Json = False) -> None:
     """Remove a run and its checkpoints; its published versions stay."""
     from raysd.train import runs
 
     runs.delete(open_storage(), name)
-    out.print(f"deleted run {name}")
+    show({"run": name, "deleted": True}, as_json, lambda: f"deleted run {name}")
 
 
 def _planned_and_actual(root: Any, name: str, asked: bool) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 
-from ray.job_submission import JobDetails
+from ray.job_submission import JobDetails, JobStatus
 
 from raysd.errors import RaysdError, RequestError
 from raysd.jobs.client import OVER, Client, about
@@ -24,7 +24,8 @@ def stop(client: Client, id: str, seconds: float, now: bool, say: Callable[[str]
     job = client.details(id)
     if job.status in OVER:
         raise RequestError(f"job {id} is over: {job.status.value.lower()}")
-    storage = None if now else _storage(job)
+    waits = job.status == JobStatus.PENDING  # nothing of it runs yet that could be asked, or lose anything
+    storage = None if now or waits else _storage(job)
     if storage is not None:
         _ask(storage, id)
         say(f"asked job {id} to end; what trains writes a checkpoint first")

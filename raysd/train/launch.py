@@ -147,6 +147,7 @@ class Launch:
         cluster.join(self.spec.scale.most_workers)
         _tell(self.watch, check_fit(self.spec, self.located.folder))
         fill_caches(plan, self.root, self.spec, self.watch)
+        self.held.check()  # until now there was nobody to stop
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
         self.link = Link.remote()  # type: ignore[attr-defined]
         trackers = Trackers(self.run, self.name, self.spec)
@@ -177,7 +178,7 @@ class Launch:
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-            if self.asked():
+            if self.lost is not None or self.asked():
                 self._stop()
         return raised[0] if raised else None
 

@@ -171,6 +171,18 @@ def test_a_failing_command_gives_its_exit_status_and_may_be_submitted_again(plac
     assert "is over: failed" in refused(place.run("jobs", "stop", ids[0]))
 
 
+def test_the_commands_own_process_runs_where_it_was_asked_to(place):
+    there = ["--entry-resource", "desk=1", "--entry-label", "room=attic"]
+    assert place.run("submit", "--follow", *there, "--", "models", "list").returncode == 0
+    assert "--entry-resource desk=" in refused(place.run("submit", "--entry-resource", "desk=x", "--", "runs", "list"))
+    assert "expected NAME=VALUE" in refused(place.run("submit", "--entry-label", "room", "--", "runs", "list"))
+    nowhere = json_of(place.run("submit", "--json", "--entry-label", "room=cellar", "--", "runs", "list"))
+    time.sleep(5)
+    assert place.job(nowhere["id"])["status"] == "pending"
+    assert place.run("jobs", "stop", nowhere["id"]).returncode == 0
+    wait_for(lambda: place.job(nowhere["id"])["status"] == "stopped")
+
+
 def test_this_folder_goes_along_without_its_secrets(place, tiny_pictures, tmp_path, monkeypatch):
     (tmp_path / "cats").mkdir()
     for picture in tiny_pictures.iterdir():

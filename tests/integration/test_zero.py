@@ -1,9 +1,10 @@
 """The loop without Ray: every ZeRO stage and world size against a plain PyTorch loop, and checkpoints between them.
 
-Processes are spawned with a gloo group of their own; each runs several cases one after the other.
+Processes have a gloo group of their own; each runs several cases one after the other.
 """
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -168,7 +169,9 @@ def enter(rank: int, world: int, port: int, work: Callable[..., Any], arguments:
 
 def spawn(world: int, work: Callable[..., Any], arguments: tuple[Any, ...], tmp_path: Path) -> Any:
     out = tmp_path / f"result-{free_port()}.json"
-    mp.spawn(enter, (world, free_port(), work, arguments, str(out)), nprocs=world)
+    multiprocessing.set_forkserver_preload(["benchmarks.preloaded"])
+    ranks = (world, free_port(), work, arguments, str(out))
+    mp.start_processes(enter, ranks, nprocs=world, start_method="forkserver")
     return json.loads(out.read_text())
 
 
