@@ -1,7 +1,8 @@
 """Successive halving over the recorded curves of a whole grid: how often it finds the best, and for how many epochs.
 
 The grid (learning rate x rank x batch, 27 points) is trained once on the bundled sample by `raysd tune`, without a
-scheduler. Ray Tune's own ASHA is then given the recorded validations, trials in a random order, four at once: 100 seeds.
+scheduler. Ray Tune's own ASHA is then given the recorded validations, the lowest so far as a live trial tells it, trials
+in a random order, four at once: 100 seeds.
 One live search with ASHA over the same grid confirms. The grid is recorded anew only if its curves are not there.
 """
 
@@ -31,12 +32,12 @@ Curve = list[tuple[float, float]]
 
 def run(options: Options) -> Result:
     grid = _recorded(options)
-    curves = {trial["key"]: _curve(trial) for trial in grid if trial["status"] == "finished"}
+    curves = curves_of(grid)
     seeds = 10 if options.quick else SEEDS
+    best, whole = whole_grid(curves)
     replays = [replay(curves, seed) for seed in range(seeds)]
-    best, whole = min(curve[-1][1] for curve in curves.values()), sum(curve[-1][0] for curve in curves.values())
     ratios, shares = [loss / best for loss, _ in replays], [epochs / whole for _, epochs in replays]
-    good = sum(ratio <= CLOSE and share <= SHARE for ratio, share in zip(ratios, shares, strict=True))
+    good = count_good(curves, replays)
     live = spawned.alone(_search, str(options.work / "live"), "asha", options.quick)
     found = min(_curve(trial)[-1][1] for trial in live if trial["status"] == "finished")
     spent = sum(_curve(trial)[-1][0] for trial in live if trial["reports"])
@@ -70,6 +71,22 @@ def run(options: Options) -> Result:
         samples={"ratio": ratios, "share": shares},
         settings={"space": SPACE, "epochs": EPOCHS, "grace": GRACE, "reduction": REDUCTION, "at_once": AT_ONCE},
     )
+
+
+def curves_of(grid: list[dict[str, Any]]) -> dict[str, Curve]:
+    """By key, of the trials that finished."""
+    return {trial["key"]: _curve(trial) for trial in grid if trial["status"] == "finished"}
+
+
+def whole_grid(curves: dict[str, Curve]) -> tuple[float, float]:
+    """(lowest loss, epochs) of training every point to its end."""
+    return min(curve[-1][1] for curve in curves.values()), sum(curve[-1][0] for curve in curves.values())
+
+
+def count_good(curves: dict[str, Curve], replays: list[tuple[float, float]]) -> int:
+    """How many replays found a loss close to the grid's best for a small enough share of its epochs."""
+    best, whole = whole_grid(curves)
+    return sum(loss <= CLOSE * best and epochs <= SHARE * whole for loss, epochs in replays)
 
 
 def replay(curves: dict[str, Curve], seed: int) -> tuple[float, float]:

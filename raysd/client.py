@@ -8,6 +8,7 @@ client.feedback(drawn.generation, thumb="up")
 
 import base64
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from raysd.errors import NotFound, RaysdError, RequestError, TooMany
 HERE = "http://127.0.0.1:8000"
 PATIENCE = 60.0
 """Seconds for which a request is made again where the service is away, or says to come back."""
+_KEY = re.compile(r"[!-~]{1,512}")
+_ID = re.compile(r"[\w-]{1,100}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,10 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A request as it stands. `output` are links of its pictures that hold for a while; `generations` name them."""
+    """A request as it stands. `output` are links of its pictures that hold for a while; `generations` name them.
+
+    `created` is a date and time (ISO 8601, UTC).
+    """
 
     id: str
     status: str
@@ -49,6 +55,8 @@ class Prediction:
     error: str | None
     version: str | None
     metrics: Mapping[str, Any]
+    model: str
+    created: str
 
     @property
     def ended(self) -> bool:
@@ -59,13 +67,20 @@ class Client:
     """Speaks to the service at `url` (RAYSD_URL), with an API `key` (RAYSD_KEY) unless it is this machine's own.
 
     Every method raises RequestError (NotFound, TooMany) for what is refused, and RaysdError where the service failed or
-    stayed away for a minute. What is sent twice because an answer was lost is done once.
+    stayed away for `patience` seconds (a minute). What is sent twice because an answer was lost is done once.
+    Raises RequestError for what is no http address, and for what cannot be a key.
     """
 
-    def __init__(self, url: str | None = None, key: str | None = None, *, timeout: float = 600.0) -> None:
-        url, key = url or os.environ.get("RAYSD_URL", HERE), key or os.environ.get("RAYSD_KEY")
+    def __init__(
+        self, url: str | None = None, key: str | None = None, *, timeout: float = 600.0, patience: float | None = None
+    ) -> None:
+        url, key = url or os.environ.get("RAYSD_URL") or HERE, key or os.environ.get("RAYSD_KEY")
+        if key and _KEY.fullmatch(key) is None:  # httpx would quote it
+            raise RequestError("RAYSD_KEY: an API key has no spaces, and ASCII characters alone")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(timeout, connect=10.0))
+        limits = httpx.Timeout(timeout, connect=10.0)
+        self._patience = PATIENCE if patience is None else patience
+        self._http = httpx.Client(base_url=_address(url), headers=headers, timeout=limits)
 
     def models(self) -> list[str]:
         """The names of the models that are served."""
@@ -85,7 +100,18 @@ class Client:
 
     def get(self, id: str) -> Prediction:
         """A prediction as it stands."""
-        return _prediction(self._ask("GET", f"/v1/predictions/{id}"))
+        return _prediction(self._ask("GET", f"/v1/predictions/{_known(id)}"))
+
+    def predictions(self, limit: int = 100) -> list[Prediction]:
+        """Those of this key, the newest first; with the role admin and on loopback those of all."""
+        found: list[Prediction] = []
+        path: str | None = "/v1/predictions"
+        while path is not None and len(found) < limit:
+            page = self._ask("GET", path)
+            found += map(_prediction, page["results"])
+            following = page["next"]  # by its query alone: it may name the service as others reach it
+            path = f"/v1/predictions?{httpx.URL(following).query.decode()}" if following else None
+        return found[:limit]
 
     def wait(self, id: str, timeout: float | None = None) -> Prediction:
         """A prediction once it has ended. Raises TimeoutError after `timeout` seconds."""
@@ -99,24 +125,27 @@ class Client:
 
     def cancel(self, id: str) -> Prediction:
         """Stop a prediction."""
-        return _prediction(self._ask("POST", f"/v1/predictions/{id}/cancel"))
+        return _prediction(self._ask("POST", f"/v1/predictions/{_known(id)}/cancel"))
 
     def picture(self, generation: str) -> bytes:
         """The PNG of a generation. Raises NotFound before it is drawn, and when it is kept no longer."""
-        return self._send("GET", f"/v1/generations/{generation}/picture").content
+        return self._send("GET", f"/v1/generations/{_known(generation)}/picture").content
 
     def feedback(self, generation: str, **said: Any) -> str:
         """Say something of a generation: thumb ("up", "down"), stars (1 to 5), tags, text, report. Returns its id."""
         return str(self._ask("POST", "/v1/feedback", {"generation": generation, **said})["id"])
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        answer: dict[str, Any] = self._send(method, path, body).json()
+        try:
+            answer: dict[str, Any] = self._send(method, path, body).json()
+        except ValueError:
+            raise RaysdError(f"{self._http.base_url}: does not answer as a raysd service does") from None
         return answer
 
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
         body = {name: value for name, value in (body or {}).items() if value is not None} or None
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
-        end, pause = time.monotonic() + PATIENCE, 0.2
+        end, pause = time.monotonic() + self._patience, 0.2
         while True:
             try:
                 answer = self._http.request(method, path, json=body, headers=headers)
@@ -129,6 +158,24 @@ class Client:
                     raise RaysdError(f"{self._http.base_url}: {str(error) or type(error).__name__}") from None
             time.sleep(wait)
             pause = min(2 * pause, 5.0)
+
+
+def _address(url: str) -> str:
+    """Raises RequestError for what is no address of a service. It is shown in errors, so it may hold no password."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        parsed = httpx.URL()
+    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+        raise RequestError("url (RAYSD_URL): give an address like http://127.0.0.1:8000, without user and password")
+    return url
+
+
+def _known(id: str) -> str:
+    """Raises NotFound for what is no id: as a part of an address it could be another address."""
+    if _ID.fullmatch(id) is None:
+        raise NotFound("there is nothing of that id")
+    return id
 
 
 def _checked(answer: httpx.Response) -> httpx.Response:
@@ -145,5 +192,14 @@ def _checked(answer: httpx.Response) -> httpx.Response:
 
 
 def _prediction(said: Mapping[str, Any]) -> Prediction:
-    drawn, output = [each["generation"] for each in said["generations"]], said["output"] or []
-    return Prediction(said["id"], said["status"], output, drawn, said["error"], said["version_ref"], said["metrics"])
+    return Prediction(
+        id=said["id"],
+        status=said["status"],
+        output=said["output"] or [],
+        generations=[each["generation"] for each in said["generations"]],
+        error=said["error"],
+        version=said["version_ref"],
+        metrics=said["metrics"],
+        model=said["model"].rpartition("/")[2],
+        created=said["created_at"],
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from typer.exceptions import TyperException
 
-from raysd.cli import data, evaluate, feedback, jobs, keys, models, plan, serve, study, train, tune
+from raysd.cli import data, evaluate, feedback, jobs, keys, models, plan, predictions, serve, study, train, tune
 from raysd.cli.output import RESULT
 from raysd.console import errors
 from raysd.errors import RaysdError
@@ -24,6 +24,7 @@ app.add_typer(models.models_app, name="models")
 app.add_typer(study.study_app, name="study")
 app.add_typer(feedback.feedback_app, name="feedback")
 app.add_typer(keys.keys_app, name="keys")
+app.add_typer(predictions.predictions_app, name="predictions")
 app.add_typer(jobs.jobs_app, name="jobs")
 
 

@@ -65,6 +65,11 @@ class ModelSpec(Spec):
     """Bases a replica holds: two, so that a new version is loaded beside the old one."""
     adapters: int = Field(default=16, ge=1)
     """LoRA versions a base."""
+    memory: float | None = Field(default=None, gt=0)
+    """GiB for the weights that a replica holds, reckoned by the size of their safetensors files; null: no bound but by number.
+
+    An estimate: weights that are kept in another precision than their files' take more or less, and what a step needs
+    besides (activations, the libraries themselves) is not in it. Leave room for that."""
     loras: bool = True
     """Whether a request may name a LoRA version of the same base."""
     safety: SafetySpec | None = None

@@ -77,6 +77,13 @@ class Family(Protocol):
         """The configuration that samplers are made from."""
         ...
 
+    def guidance_width(self, folder: Path) -> int | None:
+        """Width of the guidance embedding that the denoiser takes beside the timestep; None: it takes none.
+
+        Models with one were distilled from guided ones (Luo et al. 2023, section 4.2) and draw wrongly without it.
+        """
+        ...
+
     def geometry(self, folder: Path) -> Geometry: ...
 
     def latent_scale(self, folder: Path) -> tuple[float, float]:

@@ -72,6 +72,10 @@ class StableDiffusion:
     def scheduler_config(self, folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
 
+    def guidance_width(self, folder: Path) -> int | None:
+        width = json.loads((folder / "unet" / "config.json").read_text()).get("time_cond_proj_dim")
+        return None if width is None else int(width)
+
     def geometry(self, folder: Path) -> Geometry:
         denoiser = json.loads((folder / "unet" / "config.json").read_text())
         factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)

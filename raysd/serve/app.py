@@ -125,6 +125,15 @@ def _check(spec: ServingSpec, storage: str) -> None:
         raise RequestError("public: every request would be refused, for there is no key: raysd keys create NAME")
 
 
+def refuse_split(spec: ServingSpec) -> None:
+    """In a process of the cluster: raises RequestError where several machines would share SQLite's file."""
+    from raysd.database import Database
+    from raysd.serve.queue import Queue
+    from raysd.storage import Storage
+
+    _refuse_split(Queue(Database(spec.database, Storage(spec.storage))))
+
+
 def _refuse_split(queue: Any) -> None:
     import ray
 

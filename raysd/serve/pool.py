@@ -1,31 +1,41 @@
 """The models that one replica holds: bases, and the LoRA versions on them, which share the base's weights.
 
-Whatever is in use is counted and stays; what is not is let go when room is wanted, least recently used first.
+Whatever is in use is counted and stays; what is not is let go when room is wanted, least recently used first. Versions
+that are withdrawn while they are here are found by a look at the registry every few seconds, not at each request.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
-from raysd.errors import IntegrityError
+from raysd.errors import IntegrityError, RaysdError, RequestError
 from raysd.references import Located, identity, locate
 from raysd.registry import Pin, Registry, signing
+from raysd.registry.records import parse, withdrawn_path
 from raysd.serve.predictor import Predictor
 from raysd.serve.scheduler import Busy
 from raysd.serve.threads import in_passing
 from raysd.storage import Storage
 
+log = logging.getLogger(__name__)
+REVIEW = 2.0
+"""Seconds between looks at what was withdrawn."""
+GIB = 2**30
 PATIENCE = 60.0
 """Seconds for which a load waits for something to become unused."""
 
 
 @dataclass
 class Entry:
-    """A base, or an adapter on one. `users` may not be touched without the pool's lock."""
+    """A base, or an adapter on one, of `size` bytes. `users` may not be touched without the pool's lock."""
 
     pin: Pin | None
+    size: int = 0
     users: int = 0
     used: float = field(default_factory=time.monotonic)
 
@@ -34,6 +44,15 @@ class Entry:
 class Base(Entry):
     predictor: Predictor | None = None
     adapters: dict[str, Entry] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, order=True)
+class Idle:
+    """Something unused. The smallest goes first: unused for longest, an adapter before the base that it is on."""
+
+    used: float
+    whole: bool
+    drop: Callable[[], None] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -45,8 +64,9 @@ class Ready:
 
 
 class Pool:
-    """At most `bases` bases, with at most `adapters` adapters on each. Shared by threads.
+    """At most `bases` bases, with at most `adapters` adapters on each, of `memory` bytes together. Shared by threads.
 
+    What a model takes is reckoned by its files (`weight`); without `memory` there is no bound but those by number.
     `open_base(located)` makes a predictor of a base; `loaded(ref, seconds, adapter)` is told of each load. With `signers`
     (public keys), versions that none of them signed are refused.
     """
@@ -59,21 +79,43 @@ class Pool:
         adapters: int = 16,
         loaded: Callable[[str, float, bool], None] | None = None,
         signers: Sequence[str] = (),
+        memory: float | None = None,
     ):
         self.storage, self._open, self._signers = storage, open_base, signers
-        self._most_bases, self._most_adapters = bases, adapters
+        self._most_bases, self._most_adapters, self._memory = bases, adapters, memory
         self._loaded = loaded or (lambda ref, seconds, adapter: None)
         self._bases: dict[str, Base] = {}
-        self._known: dict[str, Located] = {}  # by digest: a version's files, verified once a load
+        self._known: dict[str, Located] = {}  # what is loaded, by digest: its files, verified once a load
         self._changed = threading.Condition()
         self._loading = threading.Lock()  # one load at a time: two would need twice the memory
+        self._closed = threading.Event()
+
+    def watch(self) -> None:
+        """Look every `REVIEW` seconds at what was withdrawn, until `close`."""
+        threading.Thread(target=self._watch, name="withdrawn", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def review(self) -> None:
+        """Draw no more with what is here and was withdrawn since: to be used again it would have to be loaded.
+
+        What is in use is drawn to its end. Where the store does not answer all stays as it is.
+        """
+        with self._changed:
+            known = dict(self._known)
+        for digest, located in known.items():
+            if any(self.storage.exists(withdrawn_path(*version)) for version in _versions(located)):
+                log.warning("%s was withdrawn", located.ref)
+                with self._changed:
+                    self._known.pop(digest, None)
 
     @contextmanager
     def use(self, ref: str, digest: str) -> Iterator[Ready]:
         """The version of that digest, loaded if need be; it stays until the block ends.
 
-        Raises NotFound, RequestError (withdrawn), IntegrityError (not the bytes or not the digest asked for), and Busy
-        where everything that is loaded is in use.
+        Raises NotFound, RequestError (withdrawn, or larger than the memory there is), IntegrityError (not the bytes or
+        not the digest asked for), and Busy where everything that is loaded is in use.
         """
         base, adapter = self._take(ref, digest)
         assert base.predictor is not None
@@ -81,10 +123,11 @@ class Pool:
             yield Ready(base.predictor, digest if adapter is not None else None)
         finally:
             with self._changed:
+                now = time.monotonic()
                 for entry in (base, adapter):
                     if entry is not None:
                         entry.users -= 1
-                        entry.used = time.monotonic()
+                        entry.used = now
                 self._changed.notify_all()
 
     def loaded(self) -> list[str]:
@@ -97,20 +140,26 @@ class Pool:
         if found is not None:
             return found
         with self._loading:
-            found = self._held(digest)
-            if found is not None:
-                return found
-            in_passing(lambda: self._load(ref, digest))
-            found = self._held(digest)
-            assert found is not None  # nothing is let go but by loads, and this is the only one
+            # Nothing is let go but by loads, and this is the only one; but what it loaded may be withdrawn by now.
+            while (found := self._held(digest)) is None:
+                in_passing(lambda: self._load(ref, digest))
             return found
 
     def _load(self, ref: str, digest: str) -> None:
         located = self._locate(ref, digest)
-        self._known[digest] = located
+        self._check_size(located)
         self._load_base(located)
         if located.lora is not None:
             self._load_adapter(located, digest)
+        with self._changed:
+            self._known[digest] = located
+
+    def _watch(self) -> None:
+        while not self._closed.wait(REVIEW):
+            try:
+                self.review()
+            except RaysdError as error:  # what is here goes on being served
+                log.warning("%s", error)
 
     def _held(self, digest: str) -> tuple[Base, Entry | None] | None:
         """What is loaded already, counted as used."""
@@ -142,10 +191,12 @@ class Pool:
         key = str(located.folder)
         if key in self._bases:
             return
-        self._make_room(lambda: self._bases, self._most_bases, self._drop_base)
+        size = weight(located.folder)
+        self._make_room(lambda: len(self._bases) >= self._most_bases, self._idle_bases)
+        self._make_room(lambda: self._overfull(size), self._idle)
         began = time.monotonic()
         pin = self._pin(located) if located.lora is None else None
-        base = Base(pin, predictor=self._open(located))
+        base = Base(pin, size, predictor=self._open(located))
         with self._changed:
             self._bases[key] = base
         self._loaded(located.ref, time.monotonic() - began, False)
@@ -157,36 +208,60 @@ class Pool:
         with self._changed:
             base.users += 1  # while room is made for its adapter
         try:
-            self._make_room(lambda: base.adapters, self._most_adapters, lambda name: self._drop_adapter(base, name))
-            began = time.monotonic()
             assert base.predictor is not None
             assert located.lora is not None
+            size = weight(located.lora)
+            self._make_room(lambda: len(base.adapters) >= self._most_adapters, lambda: self._idle_adapters(base))
+            self._make_room(lambda: self._overfull(size), self._idle)
+            began = time.monotonic()
             base.predictor.backend.add_adapter(digest, located.lora)
             with self._changed:
-                base.adapters[digest] = Entry(self._pin(located))
+                base.adapters[digest] = Entry(self._pin(located), size)
             self._loaded(located.ref, time.monotonic() - began, True)
         finally:
             with self._changed:
                 base.users -= 1
 
-    def _make_room(
-        self, entries: Callable[[], "dict[str, Base] | dict[str, Entry]"], most: int, drop: Callable[[str], None]
-    ) -> None:
-        """Let go of what is unused until one more fits. Raises Busy where nothing becomes unused."""
+    def _make_room(self, crowded: Callable[[], bool], idle: Callable[[], list[Idle]]) -> None:
+        """Let go of what is unused until it is not crowded. Raises Busy where nothing becomes unused."""
         end = time.monotonic() + PATIENCE
-        while (name := self._spare(entries, most, end)) is not None:
-            drop(name)
+        while (chosen := self._spare(crowded, idle, end)) is not None:
+            chosen.drop()
 
-    def _spare(self, entries: Callable[[], "dict[str, Base] | dict[str, Entry]"], most: int, end: float) -> str | None:
-        """Which has to go: unused, and since longest. None if one more fits."""
+    def _spare(self, crowded: Callable[[], bool], idle: Callable[[], list[Idle]], end: float) -> Idle | None:
+        """What has to go: unused, and since longest. None if there is room."""
         with self._changed:
-            while len(here := entries()) >= most:
-                idle = [(entry.used, name) for name, entry in here.items() if entry.users == 0]
-                if idle:
-                    return min(idle)[1]
+            while crowded():
+                if found := idle():
+                    return min(found)
                 if not self._changed.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
-                    raise Busy(f"all {most} models that fit are in use: try again later")
+                    raise Busy("all models that fit at once are in use: try again later")
             return None
+
+    def _idle_bases(self) -> list[Idle]:
+        bases = self._bases.items()
+        return [Idle(base.used, True, partial(self._drop_base, key)) for key, base in bases if not base.users]
+
+    def _idle_adapters(self, base: Base) -> list[Idle]:
+        adapters = base.adapters.items()
+        return [Idle(a.used, False, partial(self._drop_adapter, base, name)) for name, a in adapters if not a.users]
+
+    def _idle(self) -> list[Idle]:
+        return self._idle_bases() + [idle for base in self._bases.values() for idle in self._idle_adapters(base)]
+
+    def _overfull(self, more: int) -> bool:
+        """Whether so many bytes more would be too many."""
+        if self._memory is None:
+            return False
+        entries = [entry for base in self._bases.values() for entry in (base, *base.adapters.values())]
+        return sum(entry.size for entry in entries) + more > self._memory
+
+    def _check_size(self, located: Located) -> None:
+        """Raises RequestError for what would not fit if it were alone."""
+        size = weight(located.folder) + (weight(located.lora) if located.lora is not None else 0)
+        if self._memory is not None and size > self._memory:
+            has = f"{size / GIB:.3g} GiB of weights, and a replica here has memory for {self._memory / GIB:.3g}"
+            raise RequestError(f"{located.ref}: {has}; raise `memory` of the served model")
 
     def _drop_base(self, key: str) -> None:
         with self._changed:
@@ -194,6 +269,7 @@ class Pool:
             if base.users:
                 return  # taken since it was chosen
             del self._bases[key]
+            self._known = {digest: known for digest, known in self._known.items() if str(known.folder) != key}
         for entry in (base, *base.adapters.values()):
             _unpin(entry)
 
@@ -203,12 +279,32 @@ class Pool:
             if entry.users:
                 return
             del base.adapters[name]
+            self._known.pop(name, None)
         assert base.predictor is not None
         base.predictor.backend.remove_adapter(name)
         _unpin(entry)
 
     def _pin(self, located: Located) -> Pin | None:
         return Registry(self.storage).pin(located.version, "served") if located.version else None
+
+
+def weight(path: Path) -> int:
+    """Bytes of a model's weights as they lie on disk: the safetensors file, or all those below a folder."""
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def _versions(located: Located) -> list[tuple[str, int]]:
+    """The registered versions, by model and number, whose weights it draws with: its own, and that of its base."""
+    version = located.version
+    if version is None:
+        return []
+    found = [(version.model, version.number)]
+    if located.lora is not None:
+        with suppress(RequestError):  # a base that is a folder, or in no registry
+            base = parse(str(version.record["base"]))
+            found += [(base.model, base.number)] if base.number is not None else []
+    return found
 
 
 def _unpin(entry: Entry) -> None:

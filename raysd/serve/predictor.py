@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from raysd import diffusion
+from raysd.errors import RequestError
 from raysd.models import Family
 from raysd.serve.drawing import Drawing
 from raysd.serve.samplers import KNOWN, Timetable, timetable
@@ -50,18 +51,21 @@ class Predictor:
     def __init__(self, family: Family, folder: Path, backend: Backend):
         self.family, self.folder, self.backend = family, folder, backend
         self.geometry = family.geometry(folder)
-        self._config = family.scheduler_config(folder)
+        self._config, self._guidance_width = family.scheduler_config(folder), family.guidance_width(folder)
         self._tokenizer = family.tokenizer(folder)
         self._scale, self._shift = family.latent_scale(folder)
         self.device = backend.device
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
 
     def steps(self, drawing: Drawing) -> int:
-        """How many denoising steps a picture takes. Raises RequestError for a sampler that the model has not."""
+        """How many denoising steps a picture takes. Raises RequestError as `check` does."""
         return len(self._table(drawing).rows)
 
     def check(self, drawing: Drawing) -> tuple[int, int, int]:
-        """The shape of the latents (C, h, w). Raises RequestError for a size or sampler that the model has not."""
+        """The shape of the latents (C, h, w).
+
+        Raises RequestError for a size or sampler that the model has not, and for a model whose guidance is an input.
+        """
         self._table(drawing)
         return self.geometry.latents(drawing.width, drawing.height)
 
@@ -115,6 +119,10 @@ class Predictor:
         return [Image.fromarray(picture) for picture in bytes_.numpy()]
 
     def _table(self, drawing: Drawing) -> Timetable:
+        if self._guidance_width is not None:  # no backend's denoiser has this input
+            raise RequestError(
+                "model: its denoiser takes guidance as an input (time_cond_proj_dim), which is not served"
+            )
         strength = drawing.strength if drawing.image is not None else 1.0
         return timetable(drawing.sampler, self._config, drawing.steps, strength)
 

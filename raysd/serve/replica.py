@@ -39,7 +39,7 @@ class Replica:
         from raysd.database import Database
         from raysd.serve import tracing
         from raysd.serve.finish import open_finish
-        from raysd.serve.pool import Pool
+        from raysd.serve.pool import GIB, Pool
         from raysd.serve.queue import Queue
         from raysd.serve.routes import Routes
         from raysd.serve.scheduler import Picture, Scheduler
@@ -60,8 +60,9 @@ class Replica:
 
         torch.set_num_threads(max(1, int(spec.cpus)))  # of the threads that begin after this
         self._scheduler = Scheduler(spec.rows, spec.admitted, spec.waiting + spec.admitted * 10, stepped)
+        memory = spec.memory and spec.memory * GIB
         self._pool = Pool(
-            store, lambda located: open_base(spec, located, store), spec.bases, spec.adapters, loaded, signers
+            store, lambda located: open_base(spec, located, store), spec.bases, spec.adapters, loaded, signers, memory
         )
         queue = Queue(Database(database, store), keep_pictures=keep)
         name = f"{platform.node()}/{os.getpid()}"
@@ -73,6 +74,7 @@ class Replica:
         for target in self._routes.targets():
             self._load(target)
         self._routes.on_change = self._load
+        self._pool.watch()
         self._worker.start()
         self._metrics.ready(model)
 
@@ -115,6 +117,7 @@ class Replica:
         if worker is not None:
             self._metrics.ready(self.spec.served_name, yes=False)
             self._routes.close()
+            self._pool.close()
             worker.stop()
             from raysd.serve import tracing
 

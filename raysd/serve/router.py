@@ -8,9 +8,12 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from raysd.errors import NotFound, RaysdError
@@ -30,6 +33,8 @@ LOOK_AT_CALLED = 1.0
 """The same for those that a replica should tell about."""
 COUNT = 1.0
 """Seconds between counts of what waits."""
+COUNT_AGAIN = 0.1
+"""Seconds after which it is counted once more before a request is refused, for much may have been claimed since."""
 TIDY = 3600.0
 """Seconds between removals of what is kept no longer."""
 UPLOADS = "uploads"
@@ -37,6 +42,44 @@ UPLOADS_KEPT = 7 * 86400.0
 """Seconds for which pictures that were sent in are kept."""
 CALL_AGAIN = 2.0
 """Seconds before a replica is called again for a prediction whose replica was lost, or that none had room for."""
+
+
+@dataclass
+class Backlog:
+    """What waits for a model: as the database was counted last, and what came since, which is in no count yet."""
+
+    most: int
+    counted: int = 0
+    written: int = 0
+    """Accepted ever."""
+    before: int = 0
+    """Accepted before the last count began."""
+    underway: int = 0
+    """On their way into the database."""
+    at: float = -math.inf
+    """When the last count began."""
+
+    @property
+    def waiting(self) -> int:
+        return self.counted + self.written - self.before + self.underway
+
+    @property
+    def full(self) -> bool:
+        return self.waiting >= self.most
+
+    async def count(self, ask: Callable[[], int]) -> None:
+        """Count anew. What is written meanwhile may be counted twice, until the next count: rather too many than too few."""
+        self.at, before = time.monotonic(), self.written
+        self.counted, self.before = await asyncio.to_thread(ask), before
+
+    @contextlib.contextmanager
+    def entering(self) -> Iterator[None]:
+        """Take a place before the request is written, so that no other takes it meanwhile."""
+        self.underway += 1
+        try:
+            yield
+        finally:
+            self.underway -= 1
 
 
 class Router:
@@ -53,10 +96,11 @@ class Router:
         generations: Generations,
     ):
         self.queue, self.storage, self.routes, self.metrics = queue, storage, routes, metrics
-        self._replicas, self._most_waiting, self._generations = replicas, most_waiting, generations
-        self._waiting = dict.fromkeys(replicas, 0)
+        self._replicas, self._generations = replicas, generations
+        self._backlogs = {model: Backlog(most_waiting[model]) for model in replicas}
         self._watchers: dict[str, list[asyncio.Queue[Event]]] = {}
         self._calls: dict[str, asyncio.Task[None]] = {}
+        self._shadows: set[asyncio.Task[None]] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -64,7 +108,7 @@ class Router:
         self._tasks = [asyncio.create_task(work()) for work in (self._look, self._count, self._tidy)]
 
     async def close(self) -> None:
-        for task in [*self._tasks, *self._calls.values()]:
+        for task in [*self._tasks, *self._shadows, *self._calls.values()]:
             task.cancel()
         self.routes.close()
 
@@ -73,16 +117,16 @@ class Router:
 
     async def submit(self, ask: Ask) -> Prediction:
         target, shadows = await asyncio.to_thread(self.routes.choose, ask)
-        if self._waiting[ask.model] >= self._most_waiting[ask.model]:
-            self.metrics.refused(ask.model, target.ref)
-            raise Busy(f"{self._waiting[ask.model]} requests wait for {ask.model}: try again later", 5.0)
+        await self._refuse_too_many(ask.model, target)
         with tracing.span("accept", {"raysd.model": ask.model, "raysd.version": target.ref}):
-            prediction, fresh = await asyncio.to_thread(self.queue.submit, self._new(ask, target))
+            prediction, fresh = await self._written(self._new(ask, target))
             tracing.note({"raysd.prediction": prediction.id, "raysd.fresh": fresh})
         if fresh:
             self._call(prediction)
             for shadow in shadows:
-                await self._shadow(ask, shadow, prediction)
+                task = asyncio.create_task(self._shadow(ask, shadow, prediction))
+                self._shadows.add(task)
+                task.add_done_callback(self._shadows.discard)
         return prediction
 
     async def wait(self, id: str, timeout: float | None) -> Prediction:
@@ -126,6 +170,23 @@ class Router:
         await asyncio.to_thread(self.storage.write, f"{UPLOADS}/{sha256}.png", png)
         return sha256
 
+    async def _refuse_too_many(self, model: str, target: Target) -> None:
+        """Raises Busy where as many wait for the model as may."""
+        backlog = self._backlogs[model]
+        if backlog.full and time.monotonic() - backlog.at > COUNT_AGAIN:
+            await self._recount(model)
+        if backlog.full:
+            self.metrics.refused(model, target.ref)
+            raise Busy(f"{backlog.waiting} requests wait for {model}: try again later", 5.0)
+
+    async def _written(self, new: NewPrediction) -> tuple[Prediction, bool]:
+        """Accepted, and counted among those that wait; whether it is new."""
+        backlog = self._backlogs[new.model]
+        with backlog.entering():
+            prediction, fresh = await asyncio.to_thread(self.queue.submit, new)
+            backlog.written += fresh
+        return prediction, fresh
+
     def _new(self, ask: Ask, target: Target, shadow_of: str | None = None) -> NewPrediction:
         return NewPrediction(
             api=ask.api,
@@ -148,11 +209,11 @@ class Router:
         )
 
     async def _shadow(self, ask: Ask, target: Target, of: Prediction) -> None:
-        """Draw it with another version besides. Its failure is nobody's."""
+        """Draw it with another version besides. Nobody waits for it, and its failure is nobody's."""
         try:
-            prediction, _ = await asyncio.to_thread(self.queue.submit, self._new(ask, target, of.id))
+            prediction, _ = await self._written(self._new(ask, target, of.id))
             self._call(prediction)
-        except RaysdError as error:
+        except Exception as error:
             log.warning("shadow of %s: %s", of.id, error)
 
     def _call(self, prediction: Prediction) -> None:
@@ -200,14 +261,18 @@ class Router:
 
     async def _count(self) -> None:
         while True:
-            for model in self._waiting:
-                try:
-                    self._waiting[model] = await asyncio.to_thread(self.queue.waiting, model)
-                    self.metrics.queued(model, self._waiting[model])
-                except Exception as error:
-                    log.warning("the database could not be asked: %s", error)
-                    self.metrics.database_failed()
+            for model in self._backlogs:
+                await self._recount(model)
             await asyncio.sleep(COUNT)
+
+    async def _recount(self, model: str) -> None:
+        """Where the database does not answer, what was known stands."""
+        try:
+            await self._backlogs[model].count(partial(self.queue.waiting, model))
+            self.metrics.queued(model, self._backlogs[model].counted)
+        except Exception as error:
+            log.warning("the database could not be asked: %s", error)
+            self.metrics.database_failed()
 
     async def _tidy(self) -> None:
         """Remove what retention no longer keeps, and what those left who lost their claim."""

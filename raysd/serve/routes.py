@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from raysd.config.serving import ModelSpec
-from raysd.errors import NotFound, RaysdError, RequestError
+from raysd.errors import NotFound, RaysdError, RequestError, StorageError
 from raysd.references import identity, locate
 from raysd.registry import Registry, Version, traffic
 from raysd.registry.records import parse
@@ -51,6 +51,7 @@ class Routes:
         self.on_change: Callable[[Target], None] = lambda target: None
         """Told of each version that comes into use, from the thread that looks."""
         self._routes = {name: self._look(model) for name, model in self._models.items()}
+        self._withdrawn: dict[str, str] = {}  # by served name, why nothing draws it
         self._stop = threading.Event()
         threading.Thread(target=self._refresh, name="routes", daemon=True).start()
 
@@ -71,6 +72,8 @@ class Routes:
         Raises NotFound for a model, version or LoRA that is not served, RequestError for one that does not fit.
         """
         route = self._routes.get(ask.model)
+        if route is None and (reason := self._withdrawn.get(ask.model)):
+            raise NotFound(f"model: {ask.model} is not served now: {reason}")
         if route is None:
             raise NotFound(f"model: no {ask.model} is served; served here: {', '.join(sorted(self._routes))}")
         if ask.lora is not None:
@@ -108,15 +111,39 @@ class Routes:
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH):
-            for name, model in self._models.items():
+            for name in self._models:
                 try:
-                    route = self._look(model)
-                    known, self._routes = self.targets(), self._routes | {name: route}
-                    for target in _targets(route):
-                        if target not in known:
-                            self.on_change(target)
+                    self._look_again(name)
                 except RaysdError as error:  # what was known goes on being served
                     log.warning("%s: %s", name, error)
+
+    def _look_again(self, name: str) -> None:
+        try:
+            route = self._look(self._models[name])
+        except RequestError as error:
+            reason = self._withdrawal(name)
+            if reason is None:
+                raise
+            log.warning("%s: %s", name, error)
+            self._withdrawn = self._withdrawn | {name: reason}
+            self._routes = {other: route for other, route in self._routes.items() if other != name}
+            return
+        known, self._routes = self.targets(), self._routes | {name: route}
+        for target in _targets(route):
+            if target not in known:
+                self.on_change(target)
+
+    def _withdrawal(self, name: str) -> str | None:
+        """What the registry says of it if a model's version was withdrawn; a store that is away or empty says nothing."""
+        if name not in self._routes:
+            return None
+        try:
+            self.registry.resolve(self._routes[name].deployed.ref)
+        except NotFound:
+            return None
+        except RequestError as error:
+            return str(error)
+        return None
 
     def _look(self, model: ModelSpec) -> Route:
         fixed = self._outside(model.ref)
@@ -128,6 +155,8 @@ class Routes:
         for number in {*split.shares, *split.shadow}:
             try:
                 other = self.registry.resolve(f"{version.model}@{number}")
+            except StorageError:
+                raise
             except RaysdError as error:  # withdrawn since: its share goes to the deployed version
                 log.warning("traffic of %s: %s", version.model, error)
                 continue

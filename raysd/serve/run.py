@@ -40,7 +40,8 @@ def run(
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish what was begun. `ready` gets the URL; `location` is Serve's, of its proxies.
 
-    Raises RequestError for an address that is taken, or that others reach although the service is not public.
+    Raises RequestError for an address that is taken, or that others reach although the service is not public, for a
+    public service that has no key, and for SQLite on a cluster of several machines.
     """
     if not is_loopback(host) and not spec.public:
         raise RequestError(f"--host {host}: others reach it; give --public, and keys: raysd keys create NAME")
@@ -49,10 +50,11 @@ def run(
         listen(host, port, public=True).close()  # a proxy that cannot listen would only say so in its log
     from ray import serve
 
-    from raysd.serve.app import build
+    from raysd.serve.app import build, refuse_split
 
     application = build(spec)
     _join(spec)
+    refuse_split(spec)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(http_options={"host": host, "port": port}, proxy_location=location, logging_config=quiet)
     stop = threading.Event()

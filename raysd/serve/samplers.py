@@ -65,6 +65,8 @@ def _timetable(sampler: str, config: str, steps: int, strength: float) -> Timeta
     if flow != (sampler == "flow_euler"):
         fits = "flow_euler alone" if flow else "any sampler but flow_euler"
         raise RequestError(f"sampler {sampler}: the model takes {fits}")
+    if sampler == "lcm" and values.get("_class_name") != "LCMScheduler":
+        raise RequestError("sampler lcm: is for consistency models, whose scheduler is LCMScheduler; take another")
     begin = steps - max(1, min(steps, int(steps * strength)))
     return SAMPLERS[sampler](values, steps, begin)
 

@@ -120,6 +120,8 @@ class Scheduler:
         with self._changed:
             if self._stopping or len(self._waiting) + len(pictures) > self._most_waiting:
                 raise Busy(f"{len(self._waiting)} pictures wait already: try again later")
+            if not self.load:
+                self._beat = time.monotonic()  # there was nothing to do until now
             self._waiting.extend(pictures)
             self._changed.notify_all()
 

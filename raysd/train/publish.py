@@ -1,6 +1,7 @@
 """From a run's checkpoint to a version in the registry. Needs no GPU and no Ray; doing it twice gives the same version."""
 
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from raysd import __version__
@@ -16,9 +17,18 @@ from raysd.train.runs import RunRecord
 
 
 def publish(
-    record: RunRecord, spec: TrainingSpec, root: Storage, run: Storage, located: Located, plan: Plan
+    record: RunRecord,
+    spec: TrainingSpec,
+    root: Storage,
+    run: Storage,
+    located: Located,
+    plan: Plan,
+    origin: Mapping[str, object] | None = None,
 ) -> Version | None:
-    """Publish the run's best or last weights as `publish.model`, and move the alias; None where the spec names no model."""
+    """Publish the run's best or last weights as `publish.model`, and move the alias; None where the spec names no model.
+
+    `origin` goes into the lineage beside what the run knows itself: who asked for it.
+    """
     if spec.publish.model is None:
         return None
     chosen = chosen_checkpoint(run, spec)
@@ -27,7 +37,8 @@ def publish(
         out = Path(scratch)
         write_files(run, chosen, spec, located, out)
         files = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*")) if path.is_file()}
-        version = registry.publish(spec.publish.model, files, _lineage(record, chosen, located, plan), key=record.id)
+        lineage = {**_lineage(record, chosen, located, plan), **(origin or {})}
+        version = registry.publish(spec.publish.model, files, lineage, key=record.id)
     if spec.publish.alias is not None:
         registry.alias(version, spec.publish.alias)
     return version

@@ -327,7 +327,7 @@ def _memory_advice(spec: TrainingSpec, error: BaseException) -> str:
         tries.append("--scale.gradient_checkpointing true")
     if spec.scale.precision == "fp32":
         tries.append("--scale.precision bf16")
-    if spec.scale.zero_stage < 3 and spec.scale.most_workers > 1:
+    if spec.scale.zero_stage < 3 and spec.scale.most_workers > 1 and spec.optim.kind == "adamw":
         tries.append(f"--scale.zero_stage {spec.scale.zero_stage + 1}")
     if spec.method.kind == "full":
         tries.append("--method.kind lora")

@@ -152,9 +152,9 @@ def _plots(record: SearchRecord, spec: SearchSpec, found: Sequence[TrialRecord])
     if weights := importances(spec, found):
         made.append(("Importance of each parameter", plots.bars(weights, "share (PED-ANOVA)")))
     if len(record.nodes) > 1:
-        made.append(
-            ("Nodes of the cluster", plots.steps([*record.nodes, (record.seconds, record.nodes[-1][1])], "s", "nodes"))
-        )
+        when, count = record.nodes[-1]
+        counts = [*record.nodes, (max(record.seconds, when), count)]
+        made.append(("Nodes of the cluster", plots.steps(counts, "s", "nodes")))
     return made
 
 

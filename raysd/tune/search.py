@@ -4,14 +4,15 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raysd import cluster
 from raysd.config import SearchSpec, TrainingSpec, override
-from raysd.errors import LeaseLost, NotFound, RequestError, TrainingFailed
+from raysd.config.training import ScaleSpec
+from raysd.errors import LeaseLost, NotFound, RequestError, SpecError, TrainingFailed
 from raysd.evaluate.prompts import Prompt
 from raysd.lease import Lease
 from raysd.references import locate
@@ -22,6 +23,7 @@ from raysd.train.launch import Watch, fill_caches, plan_for, train
 from raysd.train.plan import Plan, total_steps
 from raysd.train.publish import publish
 from raysd.tune import records
+from raysd.tune.nodes import Timeline
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord
 from raysd.tune.scoring import prompts_of, reference
 from raysd.tune.space import check_choices, check_space, optuna_space, ray_space
@@ -71,7 +73,7 @@ def search(
     prompts = prompts_of(spec, plan)
     root.require_swap()
     watch({"kind": "phase", "text": "starting Ray"})
-    cluster.join(training.scale.most_workers)
+    cluster.join(max(scale.most_workers for scale in scales(spec, training)))
     room = room_for(spec, training)
     lease = Lease.acquire(store, LEASE)
     lost = threading.Event()
@@ -95,8 +97,24 @@ class Room:
 
 
 def room_for(spec: SearchSpec, training: TrainingSpec) -> Room:
-    """Share out the cluster, as large as it may become. Raises RequestError if it has no room for one trial."""
-    scale = training.scale
+    """Share out the cluster, as large as it may become, so that each trial that the space allows has room.
+
+    Raises RequestError if there is none for one of them.
+    """
+    rooms = [_room(spec, scale) for scale in scales(spec, training)]
+    return Room(min(room.trials for room in rooms), min(room.cpus for room in rooms), max(room.gpus for room in rooms))
+
+
+def scales(spec: SearchSpec, training: TrainingSpec) -> list[ScaleSpec]:
+    """What trials may ask of the cluster: the recipe's scale with each combination of the space's extremes."""
+    found = []
+    for changes in _corners(spec, [path for path in spec.space if path.startswith("scale.")]):
+        with suppress(SpecError):  # a combination that is none: its trial says so
+            found.append(override(training.scale, {path.removeprefix("scale."): v for path, v in changes.items()}))
+    return found or [training.scale]
+
+
+def _room(spec: SearchSpec, scale: ScaleSpec) -> Room:
     each = cluster.allot(scale)
     most = cluster.capacity()
     workers, asked = scale.most_workers, scale.cpus or 1
@@ -133,8 +151,12 @@ class Driver:
         fill_caches(self.plan, self.root, self.training, self.watch)
         self.real = reference(self.spec, self.plan, self.training.data.resolution)
         self.record = records.write(self.store, replace(self.record, status="running", ended_by=None))
-        with self._clock():
-            ended_by = self._tune()
+        with Timeline(self.record.nodes, self.record.seconds) as self.timeline:
+            outcome = self._search(retrain)
+            return self._see_nodes_leave(outcome) if outcome.finished and self.timeline.grown else outcome
+
+    def _search(self, retrain: bool) -> Outcome:
+        ended_by = self._tune_and_count()
         self._settle(ended_by)
         if self.lost.is_set():
             raise LeaseLost(f"search {self.record.name}: another process has taken it over; nothing was published")
@@ -146,14 +168,32 @@ class Driver:
             reasons = {trial.reason for trial in found if trial.status == "failed"}
             self._outcome("finished", "no trial finished", found, ())
             raise TrainingFailed(f"search {self.record.name}: no trial finished\n{next(iter(reasons), '')}".strip())
-        versions = [self._retrain(trial) if retrain else self._publish(trial) for trial in best]
+        versions = [self._publish(trial, self._retrain(trial) if retrain else trial.run) for trial in best]
         return self._outcome("finished", ended_by, found, tuple(v for v in versions if v))
 
+    def _see_nodes_leave(self, outcome: Outcome) -> Outcome:
+        """All is done and written; what is left is to see that the nodes that came are not kept."""
+        self.watch({"kind": "phase", "text": "waiting for nodes to leave"})
+        self.timeline.wait(self.lost)
+        if self.lost.is_set():
+            return outcome
+        self.record = records.write(self.store, replace(self.record, nodes=tuple(self.timeline.rows)))
+        return replace(outcome, record=self.record)
+
     def _outcome(self, status: Any, ended_by: str, found: list[TrialRecord], versions: tuple[str, ...]) -> Outcome:
+        nodes = tuple(self.timeline.rows)
         self.record = records.write(
-            self.store, replace(self.record, status=status, ended_by=ended_by, versions=versions)
+            self.store, replace(self.record, status=status, ended_by=ended_by, versions=versions, nodes=nodes)
         )
         return Outcome(self.record, found, records.front(found, self.spec.objective))
+
+    def _tune_and_count(self) -> str:
+        """The same, its seconds added to the record's."""
+        began = time.monotonic()
+        try:
+            return self._tune()
+        finally:
+            self.record = replace(self.record, seconds=self.record.seconds + time.monotonic() - began)
 
     def _tune(self) -> str:
         """Run the trials; what ended them: "trials" (all are over), the budget's field, or INTERRUPTED."""
@@ -212,9 +252,9 @@ class Driver:
             optuna.logging.set_verbosity(optuna.logging.WARNING)
             tried = [trial.values for trial in records.trials(self.store)]
             both: dict[str, Any] = one or {"metric": metrics, "mode": ["min"] * len(metrics)}
-            searcher = OptunaSearch(
-                space=optuna_space(spec), seed=spec.searcher.seed, points_to_evaluate=tried or None, **both
-            )
+            # What is given is not drawn: with the same seed a search that goes on would draw its first settings again.
+            seed = spec.searcher.seed + len(tried)
+            searcher = OptunaSearch(space=optuna_space(spec), seed=seed, points_to_evaluate=tried or None, **both)
         elif spec.searcher.kind == "grid":
             samples = 1
         if searcher is None:
@@ -234,7 +274,7 @@ class Driver:
         """The longest that a trial can take."""
         pictures = len(self.plan.train)
         longest = 0.0
-        for changes in _corners(self.spec):
+        for changes in _corners(self.spec, ("optim.steps", "optim.epochs", "optim.batch_size")):
             spec = override(self.training, changes)
             longest = max(longest, total_steps(spec, pictures) * spec.optim.batch_size / pictures)
         return longest
@@ -254,50 +294,31 @@ class Driver:
             elif trial.status == "running":
                 records.write_trial(self.store, replace(trial, status="interrupted"))
 
-    def _publish(self, trial: TrialRecord) -> str | None:
-        """The trial's best weights, as `publish.model` of the recipe."""
-        run = runs.storage_of(self.root, trial.run)
-        record = runs.read(self.root, trial.run)
+    def _publish(self, trial: TrialRecord, name: str) -> str | None:
+        """The best weights of that run, the trial's own or its settings' on all pictures, as `publish.model` of the recipe."""
+        run = runs.storage_of(self.root, name)
+        record = runs.read(self.root, name)
         spec = override(
             record.training_spec(), {"publish.model": self._model(), "publish.alias": self.training.publish.alias}
         )
-        plan = Plan.load(run)
-        version: Version | None = publish(record, spec, self.root, run, locate(spec.base, self.root), plan)
+        origin = {"search": {"name": self.record.name, "trial": trial.key, "values": trial.values}}
+        located, plan = locate(spec.base, self.root), Plan.load(run)
+        version: Version | None = publish(record, spec, self.root, run, located, plan, origin)
         return version.ref if version else None
 
-    def _retrain(self, trial: TrialRecord) -> str | None:
-        """Train the trial's settings on all pictures, for as many epochs as were best."""
+    def _retrain(self, trial: TrialRecord) -> str:
+        """Train the trial's settings on all pictures, for as many epochs as were best. Returns the run's name."""
         best = min(trial.reports, key=lambda report: report.get("validation_loss", -report["epoch"]))
-        changes = {**trial.values, "data.validation": 0.0, "optim.epochs": best["epoch"], "validation.every": 0}
-        spec = override(override(self.training, changes), {"publish.model": self._model()})
-        outcome = train(spec, f"{trial.run}-all", self.root, self.watch)
-        return outcome.record.version
+        values = {path: value for path, value in trial.values.items() if path != "optim.steps"}
+        changes = {**values, "data.validation": 0.0, "optim.epochs": best["epoch"], "validation.every": 0}
+        spec = override(self.training, {**changes, "publish.model": None, "publish.alias": None})
+        name = f"{trial.run}-all"
+        if not train(spec, name, self.root, self.watch).finished:
+            raise TrainingFailed(f"run {name} was interrupted; the same command with --retrain goes on")
+        return name
 
     def _model(self) -> str:
         return self.training.publish.model or self.record.name
-
-    @contextmanager
-    def _clock(self) -> Iterator[None]:
-        """Count the seconds and the nodes while the trials run."""
-        began, before = time.monotonic(), self.record.seconds
-        ended = threading.Event()
-        nodes = list(self.record.nodes)
-
-        def look() -> None:
-            while not ended.wait(1.0):
-                count = _nodes()
-                if not nodes or nodes[-1][1] != count:
-                    nodes.append((before + time.monotonic() - began, count))
-
-        thread = threading.Thread(target=look, name="nodes", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            seconds = before + time.monotonic() - began
-            self.record = replace(self.record, seconds=seconds, nodes=tuple(nodes))
 
 
 def _existing(root: Storage, name: str, spec: SearchSpec, training: TrainingSpec) -> SearchRecord | None:
@@ -334,16 +355,10 @@ def _scheduler(spec: SearchSpec, longest: float) -> Any:
     return FIFOScheduler()
 
 
-def _corners(spec: SearchSpec) -> Iterator[dict[str, Any]]:
-    """Extremes of what decides how long a trial is."""
+def _corners(spec: SearchSpec, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Each combination of the extremes of those of the paths that vary."""
     from itertools import product
 
-    paths = [path for path in ("optim.steps", "optim.epochs", "optim.batch_size") if path in spec.space]
-    for values in product(*(spec.space[path].extremes for path in paths)):
-        yield dict(zip(paths, values, strict=True))
-
-
-def _nodes() -> int:
-    import ray
-
-    return sum(1 for node in ray.nodes() if node["Alive"])
+    varied = [path for path in paths if path in spec.space]
+    for values in product(*(spec.space[path].extremes for path in varied)):
+        yield dict(zip(varied, values, strict=True))

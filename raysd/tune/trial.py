@@ -107,9 +107,11 @@ class SearchTrial(tune.Trainable):
         key = key_of(values)
         self.spec = settings(self.job, values)
         workers = self.spec.scale.most_workers
-        new = TrialRecord(key, values, f"{self.job.search}-{key}", workers=workers, gpus=self.job.gpus * workers)
+        gpus = 0 if self.spec.scale.gpus is False else self.job.gpus * workers
+        new = TrialRecord(key, values, f"{self.job.search}-{key}", workers=workers, gpus=gpus)
         self.record = records.read_trial(self.store, key) or new
         self.began, self.before = time.time(), self.record.seconds
+        self.lowest = WORST  # validation loss that Ray Tune has been told of so far
         self.past = list(self.record.reports)
         if self.record.status in records.WHOLE:
             self.past = self.past or [{"epoch": 0.0}]
@@ -164,10 +166,16 @@ class SearchTrial(tune.Trainable):
         return self._result(self.record.reports[-1] if self.record.reports else {"epoch": 0.0}, over=True)
 
     def _result(self, report: dict[str, float], over: bool) -> dict[str, Any]:
-        """What Ray Tune sees: every metric, lower being better."""
+        """What Ray Tune sees: every metric, lower being better.
+
+        Of the validation loss the lowest so far, since the best checkpoint is what a trial publishes: one that rises
+        after its best is no worse for it. The record keeps what was measured.
+        """
         failed = self.record.status == "failed" and over
+        self.lowest = min(self.lowest, report.get("validation_loss", WORST))
+        seen = {**report, "validation_loss": self.lowest}
         costs: dict[str, float] = {
-            metric: cost_of(metric, report[metric]) if metric in report and not failed else WORST
+            metric: cost_of(metric, seen[metric]) if metric in seen and not failed else WORST
             for metric in {"validation_loss", *self.job.spec.objective}
         }
         return {"epoch": report["epoch"], **costs, "done": over, OVER: over}

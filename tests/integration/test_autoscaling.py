@@ -43,6 +43,7 @@ def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tin
         counts = [count for _, count in body["nodes"]]
         assert counts[0] == 1
         assert max(counts) == 3
+        assert counts[-1] == 1, "the timeline ends before the nodes have gone"
         end = time.monotonic() + 20 * IDLE_SECONDS
         while nodes(address) > 1:
             assert time.monotonic() < end, "the nodes stay"

@@ -12,7 +12,7 @@ from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train import encode
 from raysd.train.batches import Batches, Source, draw_randomness
-from raysd.train.plan import make_plan
+from raysd.train.plan import captions, make_plan
 from tests.pictures import photo
 
 
@@ -86,6 +86,27 @@ def test_07_what_is_kept_are_mean_and_log_variance(world, tiny_base):
             mean, log_variance = moments.chunk(2)
             assert torch.allclose(mean, distribution.mean[0], atol=1e-4)
             assert torch.allclose(log_variance, distribution.logvar[0], atol=1e-4)
+
+
+def test_07_what_ray_data_encodes_is_what_one_process_encodes(world, ray_address, tmp_path, monkeypatch):
+    """The same pictures and captions into a second store, as a large data set's: shards of several workers."""
+
+    def not_here(*arguments):
+        raise AssertionError("encoded in this process")
+
+    spec, root, _ = world
+    monkeypatch.setattr(encode, "MANY", 2)
+    monkeypatch.setattr(encode, "ROWS_A_SHARD", 8)
+    monkeypatch.setattr(encode, "_here", not_here)
+    other = Storage(str(tmp_path / "other"))
+    assert fill(spec, other) == (12, 7)
+    plan = plan_of(spec, root)
+    latents = {key for item in plan.train for key in item.latents}
+    for space, keys in ((plan.latents, sorted(latents)), (plan.text, sorted(captions(plan)))):
+        caches = [TensorCache(storage.child(space)).refresh() for storage in (root, other)]
+        expected, got = (cache.read(keys) for cache in caches)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, got, strict=True))
+        assert not torch.allclose(expected[0], expected[1], rtol=1e-2, atol=1e-3), "one row is told from another"
 
 
 def test_03_each_latent_keeps_its_own_caption_after_shuffling(world):

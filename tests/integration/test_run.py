@@ -9,6 +9,7 @@ from raysd.draw import Request, draw
 from raysd.references import locate
 from raysd.registry import Registry
 from raysd.storage import Storage
+from raysd.train import checkpoint
 from tests.base import toml
 from tests.cluster import json_of, raysd
 
@@ -145,6 +146,7 @@ def test_a_full_fine_tune_publishes_a_whole_folder_and_the_next_run_starts_from_
     assert json_of(done)["version"] == "cats@1"
     folder = locate("cats:best", Storage(str(store))).folder
     assert {part.name for part in folder.iterdir()} >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert_averages_were_published(folder, Storage(str(store)).child("runs/full"))
     words = [
         "train",
         str(path),
@@ -165,6 +167,21 @@ def test_a_full_fine_tune_publishes_a_whole_folder_and_the_next_run_starts_from_
     words = ["generate", "cats@2", "--prompt", "x", "--steps", "2", "--count", "2", "--out", str(out)]
     assert raysd(*words, storage=store).returncode == 0
     assert {picture.name for picture in tmp_path.glob("x-*.png")} == {"x-1.png", "x-2.png"}
+
+
+def assert_averages_were_published(folder, run):
+    """The U-Net's weights are the moving averages of the last checkpoint, in fp16, and not the weights they average."""
+    from safetensors.torch import load_file
+
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    published = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    for average in (True, False):
+        kept = checkpoint.weights(run, newest, ema=average)
+        unet = {name.removeprefix("denoiser."): t.half() for name, t in kept.items() if name.startswith("denoiser.")}
+        assert unet.keys() == published.keys()
+        equal = sum(torch.equal(published[name], tensor) for name, tensor in unet.items())
+        assert equal == len(unet) if average else equal < len(unet) / 2
 
 
 def test_early_stopping_publishes_the_best_checkpoint_not_the_last(tiny_base, tiny_pictures, ray_address, tmp_path):

@@ -16,9 +16,12 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+from sqlalchemy import select
 
 from raysd.config import load
 from raysd.config.serving import ServingSpec
+from raysd.database import Database
+from raysd.feedback.tables import FeedbackRow, GenerationRow
 from raysd.references import identity
 from raysd.registry import Registry, Version, traffic
 from raysd.storage import Storage
@@ -33,8 +36,9 @@ PATIENCE = 300.0
 class Service:
     """A running service, its registry and versions 1 to 3 of cats."""
 
-    def __init__(self, url: str, registry: Registry, versions: list[Version], base: Path):
+    def __init__(self, url: str, registry: Registry, versions: list[Version], base: Path, database: str):
         self.url, self.registry, self.versions, self.base = url, registry, versions, base
+        self.database = Database(database, registry.storage)
         self.client = httpx.Client(base_url=url, timeout=PATIENCE)
 
     def draw(self, model: str = "cats", **more: Any) -> dict[str, Any]:
@@ -56,11 +60,35 @@ class Service:
         until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             answer = self.client.get(f"/v1/predictions/{id}")
+            patient(answer)
             if answer.status_code == 200 and answer.json()["status"] not in ("starting", "processing"):
                 found: dict[str, Any] = answer.json()
                 return found
             time.sleep(0.1)
         raise AssertionError(f"{id} has not ended: {answer.text}")
+
+    def rate(self, id: str, stars: int) -> str:
+        """Say the same of a prediction's picture twice, once it is there: the feedback's id."""
+        assert self.end(id)["status"] == "succeeded"
+        headers, told = {"Idempotency-Key": f"opinion-{id}"}, {"generation": f"{id}-0", "stars": stars}
+        answers = [self.client.post("/v1/feedback", json=told, headers=headers) for _ in range(2)]
+        assert {answer.status_code for answer in answers} <= {200, 201}, [answer.text for answer in answers]
+        (kept,) = {str(answer.json()["id"]) for answer in answers}
+        return kept
+
+    def check_each_once(self, ids: list[str], opinions: dict[str, str]) -> None:
+        """Each accepted prediction has one generation and one picture, and each opinion (by prediction) is kept once."""
+        assert len(set(ids)) == len(ids)
+        expected = sorted(f"{id}-0" for id in ids)
+        with self.database.reading() as session:
+            made = select(GenerationRow.id, GenerationRow.path).where(GenerationRow.prediction_id.in_(ids))
+            pictures = [tuple(row) for row in session.execute(made)]
+            about = select(FeedbackRow.generation_id, FeedbackRow.id).where(FeedbackRow.generation_id.in_(expected))
+            said = sorted(tuple(row) for row in session.execute(about))
+        assert sorted(name for name, _ in pictures) == expected
+        assert said == sorted((f"{id}-0", opinion) for id, opinion in opinions.items())
+        kept = {entry.path for entry in self.registry.storage.list("generated")}
+        assert len({path for _, path in pictures} & kept) == len(ids)
 
     def until(self, ref: str) -> None:
         """Wait until that version draws."""
@@ -68,6 +96,12 @@ class Service:
         while self.draw()["version"] != ref:
             assert time.monotonic() < end
             time.sleep(0.2)
+
+
+def patient(answer: httpx.Response) -> None:
+    """The one thing besides an answer that a service in trouble may say: come back."""
+    later = answer.status_code == 503 and "Retry-After" in answer.headers
+    assert answer.status_code == 200 or later, f"{answer.status_code} {answer.text}"
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +124,10 @@ def service(ray_address: str, postgres: Postgres, tiny_base: Path, tmp_path_fact
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     serve.run(build(load(ServingSpec, values)), name="raysd", route_prefix="/")
-    running = Service(f"http://127.0.0.1:{port}", registry, versions, tiny_base)
+    running = Service(f"http://127.0.0.1:{port}", registry, versions, tiny_base, values["database"])
     yield running
     running.client.close()
+    running.database.close()
     serve.shutdown()
     patch.undo()
 
@@ -198,45 +233,49 @@ def test_a_canary_draws_its_share_and_users_stay(service: Service) -> None:
 def test_replicas_die_the_database_restarts_and_nothing_is_lost_or_doubled(
     service: Service, postgres: Postgres
 ) -> None:
-    """Each accepted prediction ends once, with the picture that it would have had."""
-    with ThreadPoolExecutor(8) as people:
-        ids = list(people.map(lambda seed: service.begin(seed=seed, num_inference_steps=20), range(24)))
+    """And the alias moves meanwhile. Each accepted prediction ends once, with the picture of the version that it had."""
+    wish = {"num_inference_steps": 20}
+    first, second = (version.ref for version in service.versions[:2])
+    service.until(first)
+    with ThreadPoolExecutor(16) as people:
+        ids = list(people.map(lambda seed: service.begin(seed=seed, **wish), range(24)))
+        saying = {id: people.submit(service.rate, id, 1 + number % 5) for number, id in enumerate(ids[::3])}
         os.kill(a_replica(), signal.SIGKILL)
-        later = people.submit(lambda: [service.begin(seed=seed, num_inference_steps=20) for seed in range(24, 32)])
+        later = people.submit(lambda: [service.begin(seed=seed, **wish) for seed in range(24, 32)])
         postgres.stop()
+        service.registry.alias(service.versions[1], "production")
         time.sleep(2)
         postgres.start()
-        ids += later.result()
-        ended = list(people.map(service.end, ids))
-    assert [prediction["status"] for prediction in ended] == ["succeeded"] * len(ids)
-    assert len(set(ids)) == len(ids)
-    kept = [entry for entry in service.registry.storage.list("generated") if any(id in entry.path for id in ids)]
-    assert len(kept) == len(ids)
+        service.until(second)
+        moved = [service.begin(seed=seed, **wish) for seed in range(32, 36)]
+        every = [*ids, *later.result(), *moved]
+        ended = list(people.map(service.end, every))
+        opinions = {id: opinion.result() for id, opinion in saying.items()}
+    service.registry.rollback("cats", "production")
+    service.until(first)
+    assert [prediction["status"] for prediction in ended] == ["succeeded"] * len(every)
+    drew = [prediction["version_ref"] for prediction in ended]
+    assert (set(drew[:24]), set(drew[24:]) | {first}, set(drew[32:])) == ({first}, {first, second}, {second})
+    service.check_each_once(every, opinions)
 
 
 @pytest.mark.soak
 def test_sixty_four_clients_for_two_minutes_of_trouble(service: Service, postgres: Postgres) -> None:
     """While the alias moves, replicas are killed and the database restarts: nothing lost, nothing doubled, no 5xx."""
     stop = time.monotonic() + 120
-    ids, opinions, bad = [], [], []
-    lock = threading.Lock()
+    opinions: dict[str, str] = {}
+    ids: list[str] = []
+    bad: list[str] = []
 
     def client(number: int) -> None:
         count = 0
         while time.monotonic() < stop:
             count += 1
             try:
-                id = service.begin(seed=number * 1000 + count)
-                done = service.end(id)
-                key = {"Idempotency-Key": f"opinion-{id}"}
-                told = {"generation": f"{id}-0", "stars": 1 + count % 5}
-                answers = [service.client.post("/v1/feedback", json=told, headers=key) for _ in range(2)]
-                with lock:
-                    ids.append((id, done["status"]))
-                    opinions.append(answers)
+                ids.append(id := service.begin(seed=number * 1000 + count))
+                opinions[id] = service.rate(id, 1 + count % 5)
             except AssertionError as error:
-                with lock:
-                    bad.append(str(error))
+                bad.append(str(error))
 
     def trouble() -> None:
         while time.monotonic() < stop - 20:
@@ -252,9 +291,8 @@ def test_sixty_four_clients_for_two_minutes_of_trouble(service: Service, postgre
         for one in work:
             one.result()
     assert not bad
-    assert {status for _, status in ids} == {"succeeded"}
-    assert all(first.json()["id"] == again.json()["id"] for first, again in opinions)
-    assert len({first.json()["id"] for first, _ in opinions}) == len(ids) == len({id for id, _ in ids})
+    service.check_each_once(ids, opinions)
+    assert set(opinions) == set(ids)
 
 
 def a_replica() -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import psutil
 import pytest
 import torch
 
-from raysd.lease import check_fence
+from raysd.config import TrainingSpec, load
+from raysd.errors import LeaseLost
+from raysd.lease import RENEWALS, TTL, check_fence
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
+from raysd.train.launch import train
 from tests.base import toml
 from tests.cluster import json_of, raysd, start
 
@@ -167,6 +171,27 @@ def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_
     assert last is not None
     assert last.step < 4000
     assert not (tmp_path / "models").exists()
+
+
+def test_a_lease_lost_while_the_caches_are_filled_ends_the_run_before_any_worker_starts(path, ray_address, tmp_path):
+    """Until then there is nobody to stop, so the loss is looked for before workers are asked for."""
+    seen = []
+
+    def watch(event):
+        if event["kind"] == "phase":
+            seen.append(event["text"])
+        if event == {"kind": "phase", "text": "starting Ray"}:
+            body = json.loads(lease.read_text())
+            lease.write_text(json.dumps({**body, "token": body["token"] + 1, "nonce": "another"}))
+            time.sleep(TTL / RENEWALS + 2)  # the next renewal finds it
+
+    lease = tmp_path / "runs/run" / runs.LEASE
+    with pytest.raises(LeaseLost, match="the lease was taken by"):
+        train(load(TrainingSpec, tomllib.loads(path.read_text())), "run", Storage(str(tmp_path)), watch)
+    assert "starting Ray" in seen
+    assert "starting workers" not in seen
+    assert json.loads(lease.read_text())["nonce"] == "another", "the one who took it keeps it"
+    assert checkpoint.latest(store_of(tmp_path)) is None
 
 
 def test_a_loss_that_is_no_number_fails_the_run_with_advice(path, ray_address, tmp_path):

@@ -1,14 +1,17 @@
 """Searches with real trials: each a Ray Train run with DeepSpeed, on a shared cluster."""
 
 import json
+import math
 
+import psutil
 import pytest
 
 from raysd.storage import Storage
+from raysd.train import checkpoint
 from raysd.tune import records
 from tests.base import toml
 from tests.cluster import json_of, raysd, start
-from tests.integration.test_survive import train_workers, wait_until
+from tests.integration.test_survive import wait_until
 
 
 @pytest.fixture
@@ -59,6 +62,8 @@ def test_a_grid_publishes_its_best_and_a_failed_trial_says_why(recipe, ray_addre
     record = json_of(raysd("models", "show", "cats@1", "--json", storage=tmp_path / "store"))["record"]
     assert record["run"]["name"] == found[1e-3]["run"]
     assert record["spec"]["optim"]["lr"] == 1e-3
+    trial = found[1e-3]
+    assert record["search"] == {"name": "grid", "trial": trial["key"], "values": {"optim.lr": 1e-3}}
     reports = found[1e-3]["reports"]
     assert record["metrics"]["validation_loss"] == min(report["validation_loss"] for report in reports)
     assert {"kid", "clip_score"} <= reports[-1].keys()
@@ -66,6 +71,15 @@ def test_a_grid_publishes_its_best_and_a_failed_trial_says_why(recipe, ray_addre
     page = tmp_path / "page.html"
     assert raysd("tune", "report", "grid", "--html", str(page), storage=tmp_path / "store").returncode == 0
     assert found[1e-3]["run"] in page.read_text()
+    words = ["tune", "resume", "grid", "--retrain", "--json"]
+    again = json_of(raysd(*words, storage=tmp_path / "store", address=ray_address))
+    assert (again["versions"], again["trials"]) == (["cats@2"], body["trials"])
+    whole = json_of(raysd("models", "show", "cats@2", "--json", storage=tmp_path / "store"))["record"]
+    best = min(reports, key=lambda report: report["validation_loss"])
+    assert whole["search"] == record["search"]
+    assert whole["pictures"] == {"train": 10, "validation": 0}
+    assert whole["spec"]["optim"]["epochs"] == best["epoch"]
+    assert whole["run"]["step"] == math.ceil(best["epoch"] * 10 / 4)
     wait_until(nothing_is_held, seconds=30)
 
 
@@ -96,8 +110,7 @@ def test_a_search_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_aga
         )
 
     wait_until(goes_on, process, seconds=600)
-    killed = train_workers()
-    killed[-1].kill()
+    own_workers()[-1].kill()
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     body = json.loads(out)
@@ -112,6 +125,74 @@ def test_a_search_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_aga
             steps = [report["step"] for report in after[key].reports]
             assert steps == sorted(set(steps)), "a validation was reported twice"
     wait_until(nothing_is_held, seconds=30)
+
+
+def test_optuna_goes_on_with_what_it_was_told_and_publishes_the_front(recipe, ray_address, tmp_path):
+    """Two objectives, and the driver killed after the first trial that finished: it is not run again, and it counts."""
+    store, objective = tmp_path / "store", ["validation_loss", "seconds"]
+    space = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
+    file = search_file(tmp_path, recipe, space, objective, budget={"trials": 4})
+    words = ["--name", "front", "--concurrent", "2", "--optim.steps", "6"]
+    process = start("tune", str(file), *words, storage=store, address=ray_address)
+    folder = records.storage_of(Storage(str(store)), "front")
+    wait_until(lambda: any(t.status == "finished" for t in records.trials(folder)), process, seconds=600)
+    process.kill()
+    process.wait()
+    before = {trial.key: trial for trial in records.trials(folder)}
+    body = json_of(raysd("tune", "resume", "front", "--json", storage=store, address=ray_address))
+    after = {trial.key: trial for trial in records.trials(folder)}
+    assert [trial.status for trial in after.values()] == ["finished"] * 4
+    assert before.keys() <= after.keys(), "the searcher was not given what was tried"
+    assert [key for key, trial in before.items() if trial.status == "finished" and after[key] != trial] == []
+    points = {key: (trial.best("validation_loss"), trial.best("seconds")) for key, trial in after.items()}
+    beaten = {
+        key for key, (a, b) in points.items() if any(c <= a and d <= b and (c, d) != (a, b) for c, d in points.values())
+    }
+    assert set(body["best"]) == points.keys() - beaten
+    assert body["versions"] == [f"cats@{number}" for number in range(1, 5 - len(beaten))]
+    for ref, key in zip(body["versions"], body["best"], strict=True):
+        record = json_of(raysd("models", "show", ref, "--json", storage=store))["record"]
+        assert (record["search"]["trial"], record["run"]["name"]) == (key, after[key].run)
+    wait_until(nothing_is_held, seconds=30)
+
+
+def test_a_trial_whose_worker_dies_goes_on_and_its_neighbour_notices_nothing(recipe, ray_address, tmp_path):
+    store, steps = tmp_path / "store", 24
+    space = {"optim.lr": {"kind": "choice", "values": [1e-3, 3e-3]}}
+    file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={})
+    words = ["--name", "pair", "--concurrent", "2", "--optim.steps", str(steps), "--json"]
+    process = start("tune", str(file), *words, storage=store, address=ray_address)
+    folder = records.storage_of(Storage(str(store)), "pair")
+
+    def both_have_checkpoints():
+        found = records.trials(folder)
+        runs = [Storage(str(store)).child(f"runs/{trial.run}") for trial in found]
+        return len(found) == 2 and all(trial.reports for trial in found) and all(map(checkpoint.latest, runs))
+
+    wait_until(both_have_checkpoints, process, seconds=600)
+    before = {trial.key: trial for trial in records.trials(folder)}
+    assert [trial.status for trial in before.values()] == ["running"] * 2
+    own_workers()[-1].kill()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    trials = {trial["key"]: trial for trial in json.loads(out)["trials"]}
+    assert [trial["status"] for trial in trials.values()] == ["finished"] * 2
+    taken = {key: steps_of_last_attempt(store, trial["run"]) for key, trial in trials.items()}
+    assert sorted(taken.values())[0] < steps, "no worker was started again"
+    assert sorted(taken.values())[1] == steps, "the neighbour was started again"
+    for key, trial in trials.items():
+        assert trial["reports"][: len(before[key].reports)] == list(before[key].reports)
+    wait_until(nothing_is_held, seconds=30)
+
+
+def own_workers():
+    """Those of this session's cluster: another one's may run on this machine."""
+    family = psutil.Process().children(recursive=True)
+    return [p for p in family if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def steps_of_last_attempt(store, run):
+    return json.loads((store / "runs" / run / "usage.json").read_text())["steps"]
 
 
 def test_ending_a_search_holds_nothing_and_what_the_scheduler_stopped_stays_stopped(recipe, ray_address, tmp_path):

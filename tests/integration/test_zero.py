@@ -30,6 +30,7 @@ from raysd.train.checkpoint import Progress
 from raysd.train.ema import Ema
 from raysd.train.engine import build_engine
 from raysd.train.loop import training_steps
+from raysd.train.validate import validation_loss
 from raysd.train.worker import load_weights
 from tests.conftest import free_port
 
@@ -273,6 +274,43 @@ def test_20_killed_while_writing_a_checkpoint_it_ends_in_the_same_weights(tiny_b
         assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected)
         assert not any(name.startswith("module.") for name in got)
+
+
+def judged(base: Path, root: Path, stages: tuple[int, ...]) -> list[list[float]]:
+    """Validation losses of two calls at each stage. Seven pictures at three timesteps leave a rank of two without a pair.
+
+    The adapters are not zero, so that a dropout which is left on would show.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    family, method = family_of(base), METHODS["lora"]
+    items, cache, text = data(root)
+    rows = []
+    for stage in stages:
+        spec = override(SPEC, {"scale.zero_stage": stage, "validation.timesteps": 3})
+        module = method.build(family, base, spec)
+        torch.manual_seed(1)
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        engine = build_engine(module, spec, device=torch.device("cpu"), rank=rank, world=world)
+        source, schedule = Source(cache, text, family.latent_scale(base)), family.noise_schedule(base)
+        losses = []
+        for call in range(2):
+            torch.manual_seed(rank + 10 * call)
+            before = torch.get_rng_state()
+            losses.append(validation_loss(engine, method, items, source, schedule, spec) or 0.0)
+            assert torch.equal(torch.get_rng_state(), before), "training draws what it would have drawn"
+            assert engine.module.training
+        rows.append(losses)
+    return rows
+
+
+def test_validation_loss_is_the_same_each_time_and_at_every_world_size(tiny_base, tmp_path):
+    data(tmp_path)
+    [[wanted, again]] = spawn(1, judged, (tiny_base, tmp_path, (0,)), tmp_path)
+    assert wanted == again > 0.1
+    for first, second in spawn(2, judged, (tiny_base, tmp_path, (0, 3)), tmp_path):
+        assert first == second == pytest.approx(wanted, rel=1e-5)
 
 
 if __name__ == "__main__":

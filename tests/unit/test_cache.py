@@ -1,14 +1,20 @@
-"""The tensor cache: what is written is read, by range, and what is old goes."""
+"""The tensor cache: what is written is read, by range, and what is old goes; and what its keys depend on."""
 
 import os
+import shutil
 import time
 
 import pytest
 import torch
 
+from raysd.config import TrainingSpec, load
 from raysd.data.cache import FRESH_SECONDS, TensorCache, evict
+from raysd.data.dataset import prepare
 from raysd.errors import StorageError
+from raysd.references import locate
 from raysd.storage import Storage
+from raysd.train.plan import make_plan
+from tests.versions import flip
 
 
 @pytest.fixture
@@ -59,3 +65,31 @@ def test_eviction_takes_the_longest_unused_and_nothing_of_today(storage, tmp_pat
     assert left.missing(["old", "older", "new"]) == ["older"]
     assert evict(storage.child("cache"), max_bytes=0, max_age=0) > 4000
     assert TensorCache(storage.child("cache/latents/space")).refresh().missing(["old", "new"]) == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("component", "latents_change", "texts_change"),
+    [("vae", True, False), ("text_encoder", False, True), ("tokenizer", False, True), ("unet", False, False)],
+)
+def test_editing_a_part_of_the_base_changes_the_keys_of_what_that_part_encodes(
+    tiny_base, tiny_pictures, tmp_path, component, latents_change, texts_change
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    values = {"source": str(tiny_pictures), "resolution": 64, "augment": {"variants": 2}}
+    spec = load(TrainingSpec, {"base": str(base), "data": values, "optim": {"steps": 1}})
+    storage = Storage(str(tmp_path / "store"))
+    dataset = prepare(spec.data, storage)
+
+    def keys():
+        plan = make_plan(dataset, locate(spec.base, storage), spec)
+        items = (*plan.train, *plan.validation)
+        latents = {f"{plan.latents}/{key}" for item in items for key in item.latents}
+        return latents, {f"{plan.text}/{key}" for key in (plan.empty, *(item.text for item in items))}
+
+    latents, texts = keys()
+    assert min(len(latents), len(texts)) > 10
+    flip(max((base / component).iterdir(), key=lambda path: path.stat().st_size))
+    edited_latents, edited_texts = keys()
+    for before, after, change in ((latents, edited_latents, latents_change), (texts, edited_texts, texts_change)):
+        assert before.isdisjoint(after) if change else before == after

@@ -11,9 +11,11 @@ from raysd import cli
 from raysd.cli.specs import dotted
 from raysd.errors import RequestError
 from raysd.quiet import native_logs
+from raysd.registry.records import blob_path
 from tests.base import toml
 from tests.cluster import raysd
 from tests.pictures import photo
+from tests.versions import flip
 
 
 def refused(done):
@@ -40,6 +42,8 @@ def refused(done):
         (["data", "check", "./nowhere"], "nowhere"),
         (["runs", "show", "nothing"], "run nothing: not in"),
         (["models", "show", "cats@9"], "cats@9"),
+        (["runs", "shwo"], "No such command 'shwo'"),
+        (["generate", "tiny-sd"], "Missing option '--prompt'"),
         (["generate", "tiny-sd", "--prompt", "x", "--out", "x.gif"], "--out x.gif: name a .png file"),
         (["export", "tiny-sd", "--format", "gguf", "--out", "x"], "--format gguf: one of diffusers, kohya, onnx"),
         (["export", "tiny-sd", "--format", "onnx"], "tiny-sd: is no version in the registry"),
@@ -51,6 +55,48 @@ def refused(done):
 def test_a_wrong_request_is_named(words, message, tmp_path):
     assert message in refused(raysd(*words, storage=tmp_path / "store"))
     assert not (tmp_path / "store").exists(), "nothing was written"
+
+
+def test_the_verbs_of_a_registry(registry, put, tmp_path):
+    """Two versions through their whole life: pointed at, moved, rolled back, withdrawn, damaged, and swept after."""
+
+    def models(*words, status=0):
+        done = raysd("models", *words, storage=registry.storage.url)
+        assert done.returncode == status, done.stderr
+        assert "Traceback" not in done.stderr
+        return json.loads(done.stdout) if "--json" in words else done.stdout.strip()
+
+    first, second = put(1), put(2)
+    assert models("alias", "cats@1", "live") == "cats:live -> cats@1"
+    assert models("alias", "cats@2", "live", "--json") == {"model": "cats", "alias": "live", "ref": "cats@2"}
+    assert models("rollback", "cats", "live", "--json") == {"model": "cats", "alias": "live", "ref": "cats@1"}
+    moves = models("history", "cats", "live", "--json")
+    assert [(move["kind"], move["version"]) for move in moves] == [("move", 1), ("move", 2), ("rollback", 1)]
+    assert models("history", "cats", "live").splitlines()[-1].split()[:4] == ["cats", "live", "3", "rollback"]
+    assert registry.resolve("cats:live") == first
+
+    assert "live points at it" in refused(raysd("models", "withdraw", "cats@1", storage=registry.storage.url))
+    assert models("withdraw", "cats@2", "--reason", "blurred", "--json") == {"ref": "cats@2", "withdrawn": "blurred"}
+    assert registry.resolve("cats@2", withdrawn_ok=True).withdrawn
+    assert "cats@2 was withdrawn (blurred)" in refused(
+        raysd("models", "alias", "cats@2", "live", storage=registry.storage.url)
+    )
+
+    assert models("verify", "cats@2") == "cats@2 is whole"
+    [weights] = [file for file in second.files if file.path == "unet/weights.safetensors"]
+    flip(registry.storage.local_path(blob_path(weights.sha256)))
+    damaged = models("verify", "cats@2", "--json", status=1)
+    assert damaged["ref"] == "cats@2"
+    assert ["unet/weights.safetensors" in problem for problem in damaged["problems"]] == [True]
+
+    orphan = "ab" * 32
+    registry.storage.write(blob_path(orphan), b"orphan")
+    os.utime(registry.storage.local_path(blob_path(orphan)), (0, 0))
+    planned = models("gc", "--dry-run", "--json")
+    assert (planned["blobs"], planned["bytes"], planned["kept"]) == ([orphan], 6, 5)
+    assert registry.storage.exists(blob_path(orphan))
+    assert models("gc", "--json")["blobs"] == [orphan]
+    assert not registry.storage.exists(blob_path(orphan))
 
 
 def test_training_on_a_folder_without_captions_says_how_many_and_what_to_do(tiny_base, tmp_path):
@@ -99,10 +145,11 @@ def test_a_data_check_prints_one_json_document(tiny_pictures, tmp_path):
 
 
 def test_an_unexpected_error_is_one_line_and_its_details_are_kept(monkeypatch, capfd):
-    def broken(*words: object) -> None:
+    def broken(**options: object) -> None:
         raise ZeroDivisionError("division by zero\nsecond line")
 
     monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(cli, "import_quickly", lambda: None)  # it would leave packages out for all tests after this one
     with pytest.raises(SystemExit) as raised:
         cli.main()
     assert raised.value.code == 1

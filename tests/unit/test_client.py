@@ -2,15 +2,22 @@
 
 import io
 import itertools
+import json
+import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from PIL import Image
 
+from raysd import cli
 from raysd import client as raysd_client
+from raysd.cli import output, predictions
 from raysd.client import Client
 from raysd.errors import NotFound, RaysdError, RequestError, TooMany
+from raysd.serve.http import predictions as routes
+from tests.conftest import free_port
 from tests.serving import SIDE, listening, parts
 
 FAST = {"model": "cats", "num_inference_steps": 1}
@@ -125,3 +132,127 @@ def test_it_does_not_wait_longer_than_it_may(answering):
     with pytest.raises(TooMany):
         client.feedback("x", thumb="up")
     assert len(keys) == 1
+
+
+@pytest.mark.parametrize("url", ["nonsense", "ftp://host", "http://", "http://host:port", "http://me:hunter2@host"])
+def test_what_is_no_address_is_refused_at_once(url):
+    with pytest.raises(RequestError, match="url") as refused:
+        Client(url)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_cannot_be_a_key_is_not_repeated():
+    with pytest.raises(RequestError, match="RAYSD_KEY") as refused:
+        Client(key="hunter2\n")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_an_id_is_no_other_address(client):
+    for id in ("", "../models", "a?b"):
+        with pytest.raises(NotFound):
+            client.get(id)
+
+
+# The command line
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, service, tmp_path):
+    """Runs `raysd predictions` as `main` does. Its exit status, standard output and standard error."""
+    monkeypatch.setenv("RAYSD_URL", service[1])
+    monkeypatch.setattr(predictions, "PATIENCE", 0.5)
+
+    def run(*words):
+        monkeypatch.setattr(output, "RESULT", sys.stdout)
+        monkeypatch.setattr(output.out, "file", sys.stdout)
+        monkeypatch.setattr(sys, "argv", ["raysd", "predictions", *words])
+        return cli._run(tmp_path / "log"), *capsys.readouterr()
+
+    return run
+
+
+def test_draw_at_a_service_and_write_the_pictures(run, service, client, tmp_path):
+    to = tmp_path / "new folder" / "one.png"
+    more = ["--seed", "5", "--steps", "2", "--guidance", "3", "--negative", "a dog", "--count", "2"]
+    status, said, errors = run("create", "cats", "--prompt", "a cat", "--out", str(to), *more)
+    assert status == 0, errors
+    files = [to.with_stem("one-1"), to.with_stem("one-2")]
+    assert said.split("\n") == [*map(str, files), ""]
+    id = errors.removeprefix("prediction ").strip()
+    assert [file.read_bytes() for file in files] == [client.picture(f"{id}-{number}") for number in range(2)]
+    drawing = service[0].desk.asks[-1].drawing
+    assert (drawing.prompt, drawing.negative, drawing.seed, drawing.steps) == ("a cat", "a dog", 5, 2)
+    assert (drawing.guidance, drawing.count) == (3.0, 2)
+    body = json.loads(run("get", id, "--json")[1])
+    assert (body["id"], body["status"], body["model"], body["version"]) == (id, "succeeded", "cats", "cats@1")
+    assert "succeeded" in run("get", id)[1]
+    again = json.loads(run("get", id, "--out", str(tmp_path / "two.png"), "--json")[1])
+    assert again["files"] == [str(tmp_path / f"two-{number}.png") for number in (1, 2)]
+    assert (tmp_path / "two-2.png").read_bytes() == files[1].read_bytes()
+
+
+def test_one_picture_has_the_name_that_was_given(run, tmp_path):
+    to = tmp_path / "one.png"
+    body = json.loads(run("create", "cats", "--prompt", "x", "--steps", "1", "--out", str(to), "--json")[1])
+    assert body["files"] == [str(to)]
+    assert Image.open(to).size == (SIDE, SIDE)
+
+
+def test_list_the_newest_and_stop_one(run, client, service, monkeypatch, tmp_path):
+    go_on = threading.Event()
+    monkeypatch.setattr(service[0].desk, "step", lambda: go_on.wait(60))
+    monkeypatch.setattr(routes, "PAGE", 2)  # so that the list has several pages
+    ids = [client.predict("x", **FAST).id for _ in range(4)]
+    rows = json.loads(run("list", "--limit", "3", "--json")[1])
+    assert [row["id"] for row in rows] == ids[:0:-1]
+    assert ids[3] in run("list")[1]
+    assert json.loads(run("cancel", ids[3], "--json")[1])["id"] == ids[3]
+    go_on.set()
+    assert client.wait(ids[3], timeout=60).status == "canceled"
+    status, said, errors = run("get", ids[3], "--out", str(tmp_path / "x.png"))
+    assert (status, said) == (1, "")
+    assert "was canceled" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["list", "--url", "nonsense"], 2, "url (RAYSD_URL): give an address"),
+        (["list", "--url", f"http://127.0.0.1:{free_port()}"], 1, "Connection refused"),
+        (["create", "cats", "--prompt", "x", "--out", "x.gif"], 2, "--out x.gif: name a .png file"),
+        (["create", "dogs", "--prompt", "x", "--out", "x.png"], 2, "served here: tiny-sd, cats"),
+        (["create", "cats", "--prompt", "x", "--steps", "999", "--out", "x.png"], 2, "num_inference_steps"),
+        (["get", "a" * 26], 2, "there is none of that id"),
+        (["cancel", "../models"], 2, "there is nothing of that id"),
+    ],
+    ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
+)
+def test_what_goes_wrong_is_said_in_a_line(run, words, status, message):
+    began = time.monotonic()
+    came, said, errors = run(*words)
+    assert time.monotonic() - began < 4, "it stayed for longer than somebody who waits would"
+    assert (came, said) == (status, "")
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
+
+
+def test_a_key_is_taken_from_the_environment_and_never_shown(run, monkeypatch, tmp_path):
+    public = parts(tmp_path, public=True)
+    secret = public.key()
+    with listening(public) as url:
+        for key, status, message in (
+            (secret, 0, ""),
+            (secret[:-1], 2, "unknown or was revoked"),
+            ("", 2, "give an API"),
+        ):
+            monkeypatch.setenv("RAYSD_KEY", key)
+            came, said, errors = run("list", "--url", url)
+            assert came == status
+            assert message in errors
+            assert key == "" or key not in said + errors
+
+
+def test_what_answers_otherwise_is_no_service(answering):
+    client, _ = answering([(200, {})])
+    with pytest.raises(RaysdError, match="does not answer as a raysd service"):
+        client.feedback("x", thumb="up")

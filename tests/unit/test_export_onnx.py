@@ -218,6 +218,8 @@ def test_both_backends_draw_the_same_picture_in_any_company(
     for drawn_by, company in ((backend, [stranger, stranger.of(1)]), (torched, [])):
         drawn_by.add_adapter("lora", file)
         predictor = Predictor(base.family, base.folder, drawn_by)
+        if sampler == "lcm":  # which a model has that names this scheduler
+            predictor._config = {**predictor._config, "_class_name": "LCMScheduler"}
         pictures.append(picture_of(predictor, drawing, "lora", company))
     assert np.abs(pictures[0] - pictures[1]).max() <= 1
     assert pictures[0].std() > 5

@@ -2,14 +2,20 @@
 
 import asyncio
 import base64
+import functools
 import io
+import itertools
 import threading
 import time
+import typing
 
 import httpx
 import numpy as np
 import openai
 import pytest
+from fastapi.testclient import TestClient
+from openai.types.image_edit_params import ImageEditParamsNonStreaming
+from openai.types.image_generate_params import ImageGenerateParamsNonStreaming
 from PIL import Image
 
 from tests.serving import CATS, SIDE, TINY, listening, parts
@@ -200,8 +206,9 @@ def test_the_models_that_are_served(client):
         ({"prompt": "x" * 4001}, "prompt"),
         ({"output_format": "svg"}, "output_format"),
         ({"background": "transparent"}, "background"),
-        ({"quality": "hd"}, "quality"),
-        ({"style": "vivid"}, "style"),
+        ({"extra_body": {"quality": "best"}}, "quality"),
+        ({"frame_count": 3}, "frame_count"),
+        ({"extra_body": {"svg": {"model": "x"}}}, "svg"),
         ({"partial_images": 2}, None),
         ({"extra_body": {"num_inference_steps": 201}}, "num_inference_steps"),
         ({"extra_body": {"sampler": "magic"}}, "sampler"),
@@ -215,6 +222,85 @@ def test_what_is_not_offered_is_refused_by_name(client, service, wrong, param):
     assert refused.value.type == "invalid_request_error"
     assert refused.value.param == param or param is None
     assert len(service[0].desk.asks) == asked
+
+
+def allowed(kind):
+    """All literal values of a type of the client's, and None where it may be given."""
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    inside = (allowed(one) for one in typing.get_args(kind))
+    return (None,) if kind is type(None) else tuple(dict.fromkeys(itertools.chain.from_iterable(inside)))
+
+
+def offered(how):
+    """(method, field, value) of every value that the client's types name; models and files apart."""
+    types = {"generate": ImageGenerateParamsNonStreaming, "edit": ImageEditParamsNonStreaming}[how]
+    hints = typing.get_type_hints(types)
+    named = {name: kind for name, kind in hints.items() if name not in ("model", "image", "mask", "markup")}
+    return [(how, name, value) for name, kind in named.items() for value in allowed(kind)]
+
+
+def test_what_belongs_to_other_formats_is_refused_with_that_reason(client):
+    with pytest.raises(openai.BadRequestError, match="frame_count: belongs to output_format gif or svg"):
+        client.images.generate(prompt="x", model="cats", frame_count=3)
+
+
+NEVER = {("background", "transparent"), ("output_format", "gif"), ("output_format", "svg")}
+
+
+@pytest.mark.parametrize(("how", "field", "value"), [*offered("generate"), *offered("edit")])
+def test_each_value_of_the_clients_types_is_taken_or_refused_with_a_reason(
+    client, service, monkeypatch, how, field, value
+):
+    desk = service[0].desk
+
+    def blank(claim, drawing, number):
+        return Image.new("RGB", (drawing.width or SIDE, drawing.height or SIDE))
+
+    monkeypatch.setattr(desk, "_drawn", blank)
+    given = {"image": png(Image.new("RGB", (SIDE, SIDE)))} if how == "edit" else {}
+    ask = functools.partial(getattr(client.images, how), prompt="x", model="cats", extra_body={"seed": 1}, **given)
+    if (field, value) in NEVER:
+        with pytest.raises(openai.BadRequestError, match=f"{field}: {value}: ") as refused:
+            ask(**{field: value})
+        assert refused.value.param == field
+        return
+    ask()
+    made = ask(**{field: value})
+    plain, drawing = (ask.drawing for ask in desk.asks[-2:])
+    if field == "size" and value not in ("auto", None):
+        assert made.size == value
+        plain = plain.model_copy(update={"width": drawing.width, "height": drawing.height})
+    assert drawing == plain, "it changes nothing"
+
+
+@pytest.mark.parametrize("how", ["generate", "edit"])
+def test_the_clients_types_were_read(how):
+    assert {"quality", "background", "complexity", "output_format", "size"} <= {name for _, name, _ in offered(how)}
+
+
+def test_a_page_of_another_site_may_send_every_header_that_is_read(tmp_path):
+    app = parts(tmp_path, http={"origins": ["https://site.example"]}).app
+    named = [
+        parameter["name"]
+        for path in app.openapi()["paths"].values()
+        for operation in path.values()
+        for parameter in operation.get("parameters", [])
+        if parameter["in"] == "header"
+    ]
+    assert {"X-Raysd-Withhold", "Idempotency-Key"} <= set(named)
+    asked = {"Origin": "https://site.example", "Access-Control-Request-Method": "POST"}
+    browser = TestClient(app, base_url="http://127.0.0.1")  # not entered: a preflight needs no running service
+
+    def preflight(name):
+        return browser.options(
+            "/v1/images/generations", headers={**asked, "Access-Control-Request-Headers": name.lower()}
+        )
+
+    for name in (*named, "Authorization", "Content-Type", "X-Request-Id"):
+        assert preflight(name).status_code == 200, name
+        assert name.lower() in preflight(name).headers["access-control-allow-headers"].lower()
+    assert preflight("X-Other").status_code == 400
 
 
 def test_a_model_that_is_not_served(client):

@@ -5,7 +5,10 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from raysd.assets import asset
 from raysd.config import TrainingSpec, load, override
+from raysd.data.cache import TensorCache
+from raysd.data.sampler import Sampler
 from raysd.diffusion import sample_posterior
 from raysd.draw import Request, draw
 from raysd.errors import NotFound, RequestError
@@ -13,6 +16,7 @@ from raysd.methods import METHODS, Batch
 from raysd.models import FAMILIES, family_of
 from raysd.references import identity, locate
 from raysd.storage import Storage
+from raysd.train.batches import Batches, Item, Source
 
 SPEC = load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
 
@@ -69,6 +73,58 @@ def test_the_loss_equals_that_of_diffusers_components(located, prediction, metho
         )
     by_hand = _by_hand(folder, pixels, captions, noise, timesteps, posterior)
     assert errors.mean().item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def _guess(noisy, timesteps, text):
+    """A denoiser that is wrong by another amount at each timestep."""
+    return 0.5 * noisy + 0.1
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_min_snr_weighs_each_timestep_as_the_paper_says(located, prediction, method):
+    """Hang et al. 2023, sec. 3.4, a sample and a number at a time; the timesteps' ratios lie on both sides of gamma."""
+    torch.manual_seed(0)
+    latents, noise, timesteps = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8), [3, 120, 500, 990]
+    schedule = located.family.noise_schedule(located.folder)
+    spec = override(SPEC, {"loss.prediction": prediction, "loss.min_snr_gamma": 5.0})
+    batch = Batch(latents, noise, torch.tensor(timesteps), torch.zeros(4, 24, 64))
+    losses = METHODS[method].loss(_guess, batch, schedule, spec)
+    ratios = []
+    for n, timestep in enumerate(timesteps):
+        alpha = schedule.alphas_cumprod[timestep].item()
+        ratio = alpha / (1 - alpha)
+        noisy = alpha**0.5 * latents[n] + (1 - alpha) ** 0.5 * noise[n]
+        velocity = alpha**0.5 * noise[n] - (1 - alpha) ** 0.5 * latents[n]
+        wanted, over = (noise[n], ratio) if prediction == "epsilon" else (velocity, ratio + 1)
+        error = (_guess(noisy, None, None) - wanted).square().mean().item()
+        assert losses[n].item() == pytest.approx(error * min(ratio, 5.0) / over, rel=1e-4)
+        ratios.append(ratio)
+    assert ratios[1] > 5 > ratios[2]
+
+
+def test_noise_offset_adds_one_number_to_each_channel_of_each_sample(tmp_path):
+    """And nothing else of a batch depends on it."""
+    cache = TensorCache(Storage(str(tmp_path)).child("latents"))
+    cache.write({f"picture{n}": torch.randn(8, 6, 6) for n in range(16)})
+    items = [Item((f"picture{n}",), "", "text", "", "") for n in range(16)]
+    source = Source(cache, {"text": torch.zeros(24, 64), "empty": torch.ones(24, 64)}, (1.0, 0.0))
+    schedule = FAMILIES["sd"].noise_schedule(asset("tiny-sd"))
+
+    def batch(offset):
+        spec = override(SPEC, {"loss.noise_offset": offset, "loss.caption_dropout": 0.5, "optim.batch_size": 16})
+        [made] = Batches(items, "empty", source, Sampler(16, 16, seed=0), schedule, spec, 0, 1).of(3)
+        return made
+
+    plain, shifted, twice = batch(0.0), batch(0.1), batch(0.2)
+    shift = shifted.noise - plain.noise
+    numbers = shift.mean(dim=(2, 3))
+    assert torch.allclose(shift, numbers[:, :, None, None].expand_as(shift), atol=1e-6)
+    assert numbers.flatten().unique().numel() == 16 * 4, "a number of its own for every channel of every sample"
+    assert numbers.std().item() == pytest.approx(0.1, rel=0.2)
+    assert torch.allclose(twice.noise - plain.noise, 2 * shift, atol=1e-6)
+    for name in ("latents", "timesteps", "text"):
+        assert torch.equal(getattr(shifted, name), getattr(plain, name))
 
 
 def test_every_method_runs_with_every_family(located):

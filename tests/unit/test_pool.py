@@ -1,7 +1,10 @@
 """The models of a replica: versions share their base, what is in use stays, what was tampered with is not loaded."""
 
 import json
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,16 +14,20 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 
-from raysd.errors import IntegrityError, RequestError
+from raysd.config.serving import ModelSpec
+from raysd.database import Database
+from raysd.errors import IntegrityError, RequestError, StorageError
 from raysd.models import family_of
 from raysd.references import Located, identity
 from raysd.registry import Registry, signing
 from raysd.serve import pool as pools
 from raysd.serve.drawing import Drawing
-from raysd.serve.pool import Pool, Ready
+from raysd.serve.pool import GIB, Pool, Ready, weight
 from raysd.serve.predictor import Predictor
+from raysd.serve.replica import Replica
 from raysd.serve.scheduler import Busy, Picture, Scheduler
 from raysd.serve.torch_backend import TorchBackend
+from raysd.storage import Storage
 from tests.adapters import publish_lora
 from tests.versions import flip
 
@@ -160,6 +167,123 @@ def test_what_is_not_the_version_asked_for_is_not_loaded(registry: Registry, tin
         pass
 
 
+def test_a_version_that_is_withdrawn_while_it_is_held_is_drawn_with_no_more(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    gone, kept = (publish_lora(registry, tiny_base, tmp_path / str(seed), seed) for seed in (1, 2))
+    pool = Pool(registry.storage, Opener())
+    with pool.use(kept.ref, kept.digest), pool.use(gone.ref, gone.digest) as held:
+        registry.withdraw(gone, "leaked")
+        pool.review()
+        drawn(held)  # what was begun ends
+        with pytest.raises(RequestError, match=r"cats@1 was withdrawn \(leaked\)"), pool.use(gone.ref, gone.digest):
+            pass
+    with pool.use(kept.ref, kept.digest):
+        pass
+
+
+def test_a_lora_version_goes_with_the_version_that_is_its_base(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    files = {path.relative_to(tiny_base).as_posix(): path for path in tiny_base.rglob("*") if path.is_file()}
+    base = registry.publish("dogs", files, {}, key="dogs")
+    lora = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
+    record = {"base": base.ref, "base_digest": identity(registry.fetch(base))}
+    lora = registry.publish(
+        "cats", {"pytorch_lora_weights.safetensors": registry.fetch(lora) / lora.files[0].path}, record, "on"
+    )
+    pool = Pool(registry.storage, Opener())
+    with pool.use(lora.ref, lora.digest):
+        pass
+    registry.withdraw(base)
+    pool.review()
+    with pytest.raises(RequestError, match="dogs@1 was withdrawn"), pool.use(lora.ref, lora.digest):
+        pass
+
+
+def test_a_store_that_is_away_withdraws_nothing_and_is_not_asked_at_each_use(
+    registry: Registry, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
+    pool = Pool(registry.storage, Opener())
+    with pool.use(version.ref, version.digest):
+        pass
+    asked: list[str] = []
+
+    def away(storage: Storage, path: str) -> bool:
+        asked.append(path)
+        raise StorageError("the store does not answer")
+
+    monkeypatch.setattr(pools, "REVIEW", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(Storage, "exists", away)
+        broken.setattr(Storage, "read", away)
+        with pool.use(version.ref, version.digest):
+            assert not asked
+        pool.watch()
+        until(lambda: len(asked) > 2)  # it goes on looking
+        with pool.use(version.ref, version.digest):
+            pass
+    registry.withdraw(version)
+    until(lambda: version.digest not in pool._known)
+    pool.close()
+    with pytest.raises(RequestError, match="withdrawn"), pool.use(version.ref, version.digest):
+        pass
+
+
+def test_memory_is_bounded_by_letting_go_of_what_was_used_longest_ago(
+    registry: Registry, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "PATIENCE", 0.1)
+    small = [publish_lora(registry, tiny_base, tmp_path / str(seed), seed) for seed in range(3)]
+    one = weight(tmp_path / "0" / "pytorch_lora_weights.safetensors")
+    pool = Pool(registry.storage, Opener(), memory=weight(tiny_base) + 2.5 * one)
+    for version in (small[0], small[1], small[0]):
+        with pool.use(version.ref, version.digest):
+            pass
+    with pool.use(small[2].ref, small[2].digest):  # as many adapters as it likes, but no room for three
+        assert pool.loaded()[1:] == [small[0].digest, small[2].digest]
+        with pool.use(small[0].ref, small[0].digest), pytest.raises(Busy), pool.use(small[1].ref, small[1].digest):
+            pass
+
+
+def test_a_base_that_fits_no_more_takes_the_place_of_an_unused_one(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    (other / "README.txt").write_text("another model")
+    pool = Pool(registry.storage, Opener(), bases=9, memory=1.5 * weight(tiny_base))
+    for base in (tiny_base, other, tiny_base):
+        with pool.use(str(base), identity(base)):
+            assert pool.loaded() == [str(base)]
+
+
+def test_what_can_never_fit_is_refused_and_costs_nobody_their_place(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    large = publish_lora(registry, tiny_base, tmp_path / "1", seed=1, rank=8)
+    pool = Pool(registry.storage, Opener(), memory=weight(tiny_base) + 1)
+    with pool.use(str(tiny_base), identity(tiny_base)):
+        pass
+    with pytest.raises(RequestError, match=r"cats@1: .* GiB .*raise `memory`"), pool.use(large.ref, large.digest):
+        pass
+    assert pool.loaded() == [str(tiny_base)]
+
+
+def test_the_memory_of_a_served_model_is_its_replicas_budget(
+    registry: Registry, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the configuration to the pool, by the replica itself."""
+    Database(None, registry.storage).migrate()
+    size = weight(tiny_base) / GIB
+    for memory, here in ((2 * size, [str(tiny_base)]), (size / 2, [])):
+        spec = ModelSpec(ref=str(tiny_base), name="cats", memory=memory)
+        replica = Replica(spec, registry.storage.url, None, 60.0)
+        assert replica._pool.loaded() == here
+        replica.__del__()
+
+
 def test_where_signatures_are_demanded_the_unsigned_and_the_forged_are_refused(
     registry: Registry, tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -196,3 +320,10 @@ def test_a_key_that_is_none_is_said_in_a_line(tmp_path: Path) -> None:
             signing.read_key(tmp_path / name)
     with pytest.raises(RequestError, match="no such file"):
         signing.read_key(tmp_path / "none")
+
+
+def until(met: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.01)

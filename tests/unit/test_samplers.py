@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from raysd.serve.drawing import Drawing
 from raysd.serve.predictor import Predictor
 from raysd.serve.samplers import SAMPLERS, timetable
 from raysd.serve.torch_backend import TorchBackend
+from tests.consistency import consistent, rescheduled
 
 PIPELINES = {
     "ddim": "DDIMScheduler",
@@ -31,8 +31,18 @@ TOLERANCE = 2e-3
 
 @pytest.fixture(scope="module")
 def predictor(tiny_base: Path) -> Predictor:
-    family = family_of(tiny_base)
-    return Predictor(family, tiny_base, TorchBackend(family, tiny_base, torch.device("cpu")))
+    return opened_model(tiny_base)
+
+
+@pytest.fixture(scope="module")
+def consistency(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """A latent consistency model, the only kind that takes the sampler lcm."""
+    return opened_model(consistent(tiny_base, tmp_path_factory.mktemp("lcm") / "tiny"))
+
+
+def opened_model(folder: Path) -> Predictor:
+    family = family_of(folder)
+    return Predictor(family, folder, TorchBackend(family, folder, torch.device("cpu")))
 
 
 def latents(
@@ -71,20 +81,18 @@ def theirs(
 @pytest.mark.parametrize("sampler", PIPELINES)
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (5, 4.0), (20, 7.5)])
 def test_each_sampler_draws_what_diffusers_draws(
-    predictor: Predictor, sampler: str, steps: int, guidance: float
+    predictor: Predictor, consistency: Predictor, sampler: str, steps: int, guidance: float
 ) -> None:
+    predictor = consistency if sampler == "lcm" else predictor
     drawing = Drawing(prompt="a red circle", negative="blue", seed=5, steps=steps, guidance=guidance, sampler=sampler)
     assert torch.allclose(latents(predictor, drawing), theirs(predictor, drawing), atol=TOLERANCE, rtol=TOLERANCE)
 
 
 def test_a_velocity_model_is_sampled_as_diffusers_does(tiny_base: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "velocity"
-    shutil.copytree(tiny_base, folder)
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    family = family_of(folder)
-    predictor = Predictor(family, folder, TorchBackend(family, folder, torch.device("cpu")))
+    velocity = opened_model(rescheduled(tiny_base, tmp_path / "velocity", prediction_type="v_prediction"))
+    both = opened_model(consistent(tiny_base, tmp_path / "both", prediction_type="v_prediction"))
     for sampler in PIPELINES:
+        predictor = both if sampler == "lcm" else velocity
         drawing = Drawing(prompt="a", seed=2, steps=6, guidance=3, sampler=sampler)
         ours, wanted = latents(predictor, drawing), theirs(predictor, drawing)
         assert torch.allclose(ours, wanted, atol=TOLERANCE, rtol=TOLERANCE), sampler
@@ -137,6 +145,28 @@ def test_a_size_that_the_model_cannot_draw_and_a_sampler_that_it_has_not_are_ref
     with pytest.raises(RequestError, match="sampler flow_euler"):
         predictor.begin(Drawing(prompt="a", sampler="flow_euler"))
     assert set(SAMPLERS) == set(PIPELINES) | {"flow_euler"}
+
+
+def test_lcm_is_for_models_whose_scheduler_says_so(predictor: Predictor, consistency: Predictor) -> None:
+    drawing = Drawing(prompt="a", steps=4, guidance=1, sampler="lcm")
+    assert consistency.check(drawing) == (4, 16, 16)
+    assert consistency.check(drawing.model_copy(update={"sampler": "ddim"}))
+    with pytest.raises(RequestError, match="sampler lcm: is for consistency models"):
+        predictor.check(drawing)
+
+
+def test_a_model_that_takes_its_guidance_as_an_input_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    """Without its input it would draw as if no guidance had been asked for, whatever was."""
+    folder = consistent(tiny_base, tmp_path / "distilled")
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_cond_proj_dim": 32}))
+    family = family_of(folder)
+    assert (family.guidance_width(folder), family.guidance_width(tiny_base)) == (32, None)
+    assert family.blank_denoiser(folder).time_embedding.cond_proj.in_features == 32  # diffusers' name for it
+    predictor = Predictor(family, folder, TorchBackend(family, tiny_base, torch.device("cpu")))
+    for sampler in ("lcm", "ddim"):
+        with pytest.raises(RequestError, match="takes guidance as an input"):
+            predictor.begin(Drawing(prompt="a", steps=2, guidance=8, sampler=sampler))
 
 
 def png(width: int, height: int) -> bytes:

@@ -1,8 +1,10 @@
 """The scheduler: what a picture is does not depend on its company, nobody starves, and one failure is one picture's."""
 
 import random
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from PIL import Image
 
 from raysd.errors import OutOfMemory
 from raysd.models import family_of
+from raysd.serve import replica as replicas
 from raysd.serve.drawing import Drawing
 from raysd.serve.predictor import Predictor
 from raysd.serve.replica import NOT_FINITE, Replica
 from raysd.serve.scheduler import Busy, Canceled, Picture, Scheduler
 from raysd.serve.torch_backend import TorchBackend
+from tests.consistency import consistent
 
 WISHES = [
     Drawing(prompt="a red circle", seed=1, steps=4, guidance=5),
@@ -28,9 +32,11 @@ WISHES = [
 
 
 @pytest.fixture(scope="module")
-def predictor(tiny_base: Path) -> Predictor:
-    family = family_of(tiny_base)
-    return Predictor(family, tiny_base, TorchBackend(family, tiny_base, torch.device("cpu")))
+def predictor(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Predictor:
+    """Of a model that takes all samplers but the flow's."""
+    folder = consistent(tiny_base, tmp_path_factory.mktemp("lcm") / "tiny")
+    family = family_of(folder)
+    return Predictor(family, folder, TorchBackend(family, folder, torch.device("cpu")))
 
 
 def finish(scheduler: Scheduler) -> int:
@@ -236,6 +242,45 @@ def test_a_replica_that_draws_nothing_but_nan_is_not_healthy(predictor: Predicto
     spoiled(scheduler, predictor, 1)
     with pytest.raises(RuntimeError, match="5 pictures in a row"):
         replica.check_health()
+
+
+def test_a_replica_whose_step_hangs_is_not_healthy(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, hanging, leave = predictor.backend.denoise, threading.Event(), threading.Event()
+
+    def denoise(*inputs: Any) -> torch.Tensor:
+        hanging.set()
+        assert leave.wait(60)
+        return true(*inputs)
+
+    monkeypatch.setattr(predictor.backend, "denoise", denoise)
+    monkeypatch.setattr(replicas, "STUCK", 0.3)
+    replica = Replica.__new__(Replica)
+    replica._scheduler = scheduler = Scheduler()
+    scheduler.start()
+    time.sleep(0.4)
+    replica.check_health()  # nothing to do is not stuck
+    picture = Picture(predictor, Drawing(prompt="a", steps=1, guidance=1))
+    scheduler.submit([picture])
+    assert hanging.wait(60)
+    assert not scheduler.stuck(60)
+    time.sleep(0.4)
+    with pytest.raises(RuntimeError, match="no denoising step"):
+        replica.check_health()
+    leave.set()
+    assert picture.future.result(60)
+    replica.check_health()
+    scheduler.stop()
+
+
+def test_work_that_comes_after_a_long_rest_is_not_stuck(predictor: Predictor) -> None:
+    scheduler = Scheduler()  # whose thread has not woken yet
+    scheduler._beat -= 3600
+    assert not scheduler.stuck(300)
+    scheduler.submit([Picture(predictor, Drawing(prompt="a", steps=1, guidance=1))])
+    assert not scheduler.stuck(300)
+    scheduler._beat -= 3600
+    scheduler.submit([Picture(predictor, Drawing(prompt="a", steps=1, guidance=1))])
+    assert scheduler.stuck(300)  # what comes later excuses nothing
 
 
 def test_pixels_that_are_not_finite_are_one_pictures_own(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:

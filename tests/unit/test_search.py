@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from raysd.config import SearchSpec, load, override, read_toml
+from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
 from raysd.errors import NotFound, RaysdError, RequestError, SpecError
 from raysd.storage import Storage
 from raysd.tune import records, report
 from raysd.tune.records import SearchRecord, TrialRecord
-from raysd.tune.search import search
+from raysd.tune.search import Room, room_for, search
 from raysd.tune.space import check_choices, check_space, key_of
 from tests.cluster import raysd
 
@@ -71,6 +71,48 @@ def test_a_space_that_the_training_does_not_have_is_named(training, space, messa
     with pytest.raises(SpecError) as raised:
         check_space(spec_of(space=space), training)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"scale.workers": {"kind": "choice", "values": [1, 5]}}, "scale.workers 5 with 1 CPUs each"),
+        ({"scale.workers": {"kind": "choice", "values": [1, [5, 8]]}}, "scale.workers 5 with 1 CPUs each"),
+        ({"scale.cpus": {"kind": "integer", "low": 1, "high": 8}}, "scale.workers 1 with 8 CPUs each"),
+        (
+            {f"scale.{name}": {"kind": "choice", "values": [1, 3]} for name in ("workers", "cpus")},
+            "scale.workers 3 with 3 CPUs each",
+        ),
+        ({"scale.gpus": {"kind": "choice", "values": [False, True]}}, "scale.workers 1 with a GPU each"),
+    ],
+)
+def test_a_space_whose_largest_trial_fits_no_cluster_is_refused(training, monkeypatch, space, message):
+    """What the recipe itself asks for fits."""
+    monkeypatch.setattr("raysd.cluster.capacity", lambda: {"CPU": 4.0})
+    small = override(training, {"scale.workers": 1, "scale.zero_stage": 0})
+    assert room_for(spec_of(), small).trials == 3
+    with pytest.raises(RequestError, match=r"this cluster has \d .PUs") as raised:
+        room_for(spec_of(space=space), small)
+    assert message in str(raised.value)
+
+
+def test_workers_of_the_largest_trial_of_a_space_have_room(training, monkeypatch):
+    monkeypatch.setattr("raysd.cluster.capacity", lambda: {"CPU": 4.0, "GPU": 2.0})
+    small = override(training, {"scale.workers": 1, "scale.zero_stage": 0, "scale.gpus": False})
+    spec = spec_of(space={"scale.workers": {"kind": "choice", "values": [1, 4]}}, concurrent=1)
+    assert room_for(spec, small) == Room(trials=1, cpus=1, gpus=0)
+    spec = spec_of(space={"scale.gpus": {"kind": "choice", "values": [False, True]}})
+    assert room_for(spec, small) == Room(trials=2, cpus=1, gpus=1)
+
+
+def test_a_search_that_holds_no_picture_out_starts_nothing(tiny_base, tiny_pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("raysd.cluster.join", lambda most: pytest.fail("it went on"))
+    data = {"source": str(tiny_pictures), "resolution": 64, "validation": 0.0}
+    body = {"base": str(tiny_base), "data": data, "optim": {"steps": 2}}
+    root = tmp_path / "store"
+    with pytest.raises(RequestError, match=r"data\.validation: no picture is held out"):
+        search(spec_of(), load(TrainingSpec, body), "s", Storage(str(root)), lambda event: None)
+    assert not root.exists()
 
 
 def test_optuna_takes_no_lists():

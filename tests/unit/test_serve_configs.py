@@ -1,15 +1,24 @@
 """The committed Serve configs are what Ray and raysd take; wrong ones say which field is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 import yaml
+from ray import serve
 from ray.serve.schema import ServeDeploySchema
 
-from raysd.config import override
+from raysd.config import load, override
 from raysd.config.serving import ServingSpec
-from raysd.errors import SpecError
+from raysd.database import Database
+from raysd.errors import RequestError, SpecError
+from raysd.serve import app as application
+from raysd.serve import run as running
+from raysd.serve.keys import Keys
 from raysd.serve.run import BUILDER, read_config
+from raysd.storage import Storage
+from tests.conftest import free_port
 
 FOLDER = Path(__file__).parents[2] / "serve"
 
@@ -77,3 +86,75 @@ def test_names_come_from_references() -> None:
         spec = ServingSpec(models=({"ref": ref},))  # type: ignore[arg-type]
         assert spec.models[0].served_name == name
     assert override(spec, {"public": True}).public
+
+
+# Refused at start
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `run` began: nothing really does. Serve's start ends it, for what comes then needs a cluster."""
+    begun: list[str] = []
+
+    def start(**_options: Any) -> None:
+        begun.append("serve")
+        raise ZeroDivisionError
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(running, "_join", lambda spec: begun.append("ray"))
+    monkeypatch.setattr(serve, "start", start)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    return begun
+
+
+def a_service(folder: Path, **values: Any) -> ServingSpec:
+    database = f"sqlite:///{folder}/raysd.db"
+    return load(ServingSpec, {"models": [{"ref": "tiny-sd"}], "storage": str(folder), "database": database, **values})
+
+
+def run(spec: ServingSpec, host: str = "127.0.0.1") -> None:
+    running.run(spec, host, free_port(), lambda url: None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "host.example"])
+def test_an_address_that_others_reach_needs_public(tmp_path: Path, started: list[str], host: str) -> None:
+    with pytest.raises(
+        RequestError, match=rf"--host {host}: others reach it; give --public, and keys: raysd keys create"
+    ):
+        run(a_service(tmp_path), host)
+    assert started == []
+
+
+def test_public_needs_a_key_that_is_alive(tmp_path: Path, started: list[str]) -> None:
+    spec, keys = (
+        a_service(tmp_path, public=True),
+        Keys(Database(f"sqlite:///{tmp_path}/raysd.db", Storage(str(tmp_path)))),
+    )
+    refused = pytest.raises(RequestError, match=r"public: every request would be refused.*raysd keys create NAME")
+    for host in ("0.0.0.0", "127.0.0.1"):
+        with refused:
+            run(spec, host)
+    key, _ = keys.create("anna", ["generate"])
+    with pytest.raises(ZeroDivisionError):
+        run(spec, "0.0.0.0")
+    assert started == ["ray", "serve"]
+    keys.revoke(key.id)
+    with refused:
+        run(spec, "0.0.0.0")
+    assert started == ["ray", "serve"]
+
+
+def test_several_machines_need_another_database_than_sqlite(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
+    with pytest.raises(
+        RequestError, match="database: SQLite serves one machine, and this cluster has 2; set RAYSD_DATABASE"
+    ):
+        run(a_service(tmp_path))
+    assert started == ["ray"]
+    monkeypatch.setenv("RAYSD_ONE_NODE", "1")
+    with pytest.raises(ZeroDivisionError):
+        run(a_service(tmp_path))
+    monkeypatch.delenv("RAYSD_ONE_NODE")
+    application._refuse_split(type("OnPostgres", (), {"one_node": False}))

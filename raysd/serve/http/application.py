@@ -39,6 +39,18 @@ SECRET = "serving/secret"
 _WITH_PICTURES = re.compile(r"/v1/(images/edits|files|predictions|models/[^/]+/[^/]+/predictions)")
 READY_SECONDS = 5.0
 """For which the database may take to say that it is there."""
+ALLOWED = (
+    "Authorization",
+    "Content-Type",
+    "Idempotency-Key",
+    "Prefer",
+    "Cancel-After",
+    "Traceparent",
+    "X-Raysd-User",
+    "X-Raysd-Withhold",
+    "X-Request-Id",
+)
+"""What a page of another site may send, where one is named: all that is read here."""
 EXPOSED = ("X-Request-Id", "X-Raysd-Version", "X-Raysd-Digest", "Retry-After", "Preference-Applied")
 
 
@@ -110,14 +122,7 @@ def _guard(app: FastAPI, spec: ServingSpec, database: Database) -> None:
             CORSMiddleware,
             allow_origins=http.origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=[
-                "Authorization",
-                "Content-Type",
-                "Idempotency-Key",
-                "Prefer",
-                "Cancel-After",
-                "X-Request-Id",
-            ],
+            allow_headers=ALLOWED,
             expose_headers=EXPOSED,
         )
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Form, Request, Response, UploadFile
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from raysd.serve.drawing import Drawing
 from raysd.serve.http import pictures
@@ -18,13 +18,36 @@ from raysd.serve.http.service import Service, may
 from raysd.serve.http.wire import Addressed, User, drawing, field_of
 
 
+def _not(why: str, *values: str) -> BeforeValidator:
+    """Says why a value that OpenAI has cannot be had here."""
+
+    def check(given: object) -> object:
+        if given in values:
+            raise ValueError(f"{given}: {why}")
+        return given
+
+    return BeforeValidator(check)
+
+
+def _absent(given: object) -> object:
+    if given is not None:
+        raise ValueError("belongs to output_format gif or svg, which are not drawn here; leave it out")
+    return given
+
+
+Absent = Annotated[None, BeforeValidator(_absent)]
+"""What goes with such a value: the client may send null."""
+NotDrawn = _not("what is drawn is one picture of pixels; png, jpeg or webp", "gif", "svg")
+Opaque = _not("no model here draws transparency; opaque or auto", "transparent")
+
+
 class ImageRequest(Addressed):
     """What generations and edits share: OpenAI's fields, and those of raysd that they have none for."""
 
     n: int | None = field_of("count")
     response_format: Literal["b64_json", "url"] | None = "b64_json"
     """A url holds for a while, for anybody who has it."""
-    output_format: Format | None = "png"
+    output_format: Annotated[Format, NotDrawn] | None = "png"
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     """Quality of jpeg and webp."""
     stream: bool | None = False
@@ -32,10 +55,18 @@ class ImageRequest(Addressed):
     partial_images: int | None = field_of("partial_images")
     safety_identifier: User | None = None
     """The same, and goes before `user`."""
-    background: Literal["opaque", "auto"] | None = "auto"
-    quality: Literal["auto", "standard"] | None = "auto"
-    """More steps draw better: num_inference_steps."""
-    moderation: Literal["auto"] | None = "auto"
+    background: Annotated[Literal["opaque", "auto"], Opaque] | None = "auto"
+    quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = "auto"
+    """Changes nothing: more steps draw better (num_inference_steps)."""
+    style: Literal["vivid", "natural"] | None = None
+    """Changes nothing: the prompt says how it is to look."""
+    complexity: Literal["low", "medium", "high"] | None = None
+    """Changes nothing: no picture is planned before it is drawn."""
+    moderation: Literal["low", "auto"] | None = "auto"
+    """Changes nothing: the service alone says what is held back."""
+    frame_count: Absent = None
+    frame_duration_ms: Absent = None
+    svg: Absent = None
 
     @model_validator(mode="after")
     def _goes_together(self) -> "ImageRequest":
@@ -56,6 +87,8 @@ class EditRequest(ImageRequest):
     mask: UploadFile | None = None
     """Of the size of `image`: where it is fully transparent, the picture is drawn anew."""
     strength: float | None = field_of("strength")
+    input_fidelity: Literal["high", "low"] | None = None
+    """Changes nothing: strength says how much of the picture stays."""
 
     @model_validator(mode="after")
     def _has_one(self) -> "EditRequest":

@@ -1,0 +1,138 @@
+"""What ends a search: trials, hours, GPU hours, money; and the nodes that it sees come and go. No trial runs."""
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from raysd.cli.specs import recipe_of
+from raysd.config import SearchSpec, load
+from raysd.config.search import BudgetSpec
+from raysd.storage import Storage
+from raysd.tune import nodes, records
+from raysd.tune.follow import Budget
+from raysd.tune.nodes import Timeline
+from raysd.tune.records import SearchRecord, TrialRecord
+from raysd.tune.search import Driver, Room
+
+CHOICE = {"kind": "choice", "values": [2, 4, 8]}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return records.storage_of(Storage(str(tmp_path)), "s")
+
+
+def tried(store, key, seconds, workers=1, gpus=0):
+    trial = TrialRecord(key, {}, f"s-{key}", "running", seconds=seconds, workers=workers, gpus=gpus)
+    records.write_trial(store, trial)
+
+
+def spent(store, before=0.0, **budget):
+    found = Budget(BudgetSpec(**budget), store, before)
+    assert found("trial", {}) == found.stop_all(), "asked of one trial or of all"
+    return found.spent
+
+
+def test_hours_are_those_of_the_clock_over_all_attempts(store):
+    assert spent(store, before=3500, hours=1) is None
+    assert spent(store, before=3600, hours=1) == "budget.hours"
+    running = Budget(BudgetSpec(hours=1), store, before=3500)
+    assert not running.stop_all()
+    running.began -= 101
+    assert running.stop_all()
+
+
+def test_gpu_hours_are_those_of_all_gpus_of_all_trials(store):
+    tried(store, "a", 1800, workers=2, gpus=2)
+    tried(store, "b", 3000, workers=4, gpus=0)
+    assert spent(store, gpu_hours=1.1) is None
+    tried(store, "c", 361, gpus=1)
+    assert spent(store, gpu_hours=1.1) == "budget.gpu_hours"
+    assert spent(store, hours=1) is None, "those of the clock are another matter"
+
+
+def test_money_is_the_price_of_all_worker_hours(store):
+    tried(store, "a", 1800, workers=4)
+    assert spent(store, money=6.1, price=3) is None
+    tried(store, "b", 120)
+    assert spent(store, money=6.1, price=3) == "budget.money"
+    assert spent(store, money=6.1, price=2) is None
+
+
+def test_what_is_spent_stays_spent_and_trials_alone_never_stop_what_runs(store):
+    tried(store, "a", 10**6, workers=8, gpus=8)
+    assert spent(store, before=10**6, trials=1) is None
+    budget = Budget(BudgetSpec(gpu_hours=1), store, 0)
+    assert budget.stop_all()
+    tried(store, "a", 0)
+    assert budget.stop_all()
+
+
+@pytest.mark.parametrize(
+    ("searcher", "budget", "samples", "trials"),
+    [("random", {"trials": 5}, 5, 5), ("optuna", {"trials": 5}, 5, 5), ("grid", {}, 1, 9)],
+)
+def test_no_more_trials_are_asked_for_than_the_budget_says(tmp_path, store, searcher, budget, samples, trials):
+    """Ray Tune makes a whole grid of one sample."""
+    space = {"method.rank": CHOICE, "optim.batch_size": CHOICE}
+    body = {"recipe": "lora-demo", "space": space, "searcher": {"kind": searcher}, "budget": budget}
+    assert driver_of(tmp_path, body)._tune_config().num_samples == samples
+    assert load(SearchSpec, body).trials == trials
+
+
+def driver_of(tmp_path, body):
+    """A driver that starts nothing by itself."""
+    spec, root = load(SearchSpec, body), Storage(str(tmp_path))
+    plan, room = SimpleNamespace(train=(0, 1, 2, 3)), Room(2, 1, 0)
+    store, record = records.storage_of(root, "s"), SearchRecord("s", {}, {})
+    return Driver(spec, recipe_of("lora-demo"), record, root, store, plan, (), room, print, threading.Event())
+
+
+def test_a_search_that_goes_on_gives_optuna_what_was_tried_and_tries_something_else(tmp_path, store):
+    """Else its generator would begin again, and the first settings would be tried twice."""
+    space = {"optim.lr": {"kind": "loguniform", "low": 1e-4, "high": 1e-2}}
+    body = {"recipe": "lora-demo", "space": space, "budget": {"trials": 4}}
+    searcher = driver_of(tmp_path, body)._tune_config().search_alg
+    first = [searcher.suggest(name) for name in ("a", "b")]
+    for number, values in enumerate(first):
+        records.write_trial(store, TrialRecord(f"k{number}", values, f"s-{number}", "finished", started=number))
+    again = driver_of(tmp_path, body)._tune_config().search_alg
+    second = [again.suggest(name) for name in ("a", "b", "c", "d")]
+    assert second[:2] == first
+    assert len({values["optim.lr"] for values in second}) == 4
+
+
+def rows_of(counts, monkeypatch, given_up=False, most=30.0):
+    """The timeline of a cluster that has these numbers of nodes, one look after the other, and the last from then on."""
+    monkeypatch.setattr(nodes, "PERIOD", 0.01)
+    left = list(counts)
+    stop = threading.Event()
+    if given_up:
+        stop.set()
+    with Timeline([], 0.0, lambda: left.pop(0) if len(left) > 1 else left[0]) as timeline:
+        end = time.monotonic() + 10
+        while timeline.most < max(counts):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        timeline.wait(stop, most)
+    return [count for _, count in timeline.rows], timeline.grown
+
+
+def test_the_timeline_goes_on_until_the_nodes_that_came_have_gone(monkeypatch):
+    assert rows_of([1, 1, 2, 3, *[3] * 20, 2, 1], monkeypatch) == ([1, 2, 3, 2, 1], False)
+
+
+def test_nothing_is_waited_for_where_no_node_came_and_not_for_ever(monkeypatch):
+    began = time.monotonic()
+    assert rows_of([2, 1], monkeypatch)[1] is False
+    assert rows_of([1, 3], monkeypatch, most=0.1) == ([1, 3], True)
+    assert rows_of([1, 3], monkeypatch, given_up=True) == ([1, 3], True)
+    assert time.monotonic() - began < 20
+
+
+def test_a_later_attempt_goes_on_after_the_rows_of_the_one_before():
+    with Timeline([(0.0, 1), (130.0, 3)], 100.0, lambda: 1) as timeline:
+        assert timeline.rows[:2] == [(0.0, 1), (130.0, 3)]
+        assert timeline.rows[2][0] >= 130.0

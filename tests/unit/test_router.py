@@ -1,0 +1,309 @@
+"""The router over a real queue, with no replica: bounds, shadows, and what becomes of a model whose version is withdrawn."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from raysd.config.serving import ModelSpec
+from raysd.database import Database
+from raysd.errors import NotFound, StorageError
+from raysd.feedback.generations import Generations
+from raysd.registry import Registry, Version, traffic
+from raysd.serve import router as routers
+from raysd.serve import routes as routing
+from raysd.serve.drawing import Drawing
+from raysd.serve.http.desk import Ask, Busy
+from raysd.serve.metrics import Metrics
+from raysd.serve.predictions import NewPrediction, Prediction
+from raysd.serve.queue import Queue
+from raysd.serve.router import Router
+from raysd.serve.routes import Routes, Target
+from raysd.serve.tables import PredictionRow
+from raysd.storage import Storage
+
+ASK = Ask("predictions", "cats", Drawing(prompt="a cat", steps=2), user="somebody", webhook="https://example.org/hook")
+
+
+class Nobody:
+    """A deployment's handle whose replicas never take anything. `called` has what they were called for."""
+
+    def __init__(self) -> None:
+        self.called: list[str] = []
+        self.draw, self.cancel = SimpleNamespace(remote=self._draw), SimpleNamespace(remote=lambda id: None)
+
+    def options(self, **_: Any) -> "Nobody":
+        return self
+
+    async def _draw(self, id: str) -> AsyncIterator[tuple[int, int, bytes]]:
+        self.called.append(id)
+        await asyncio.Event().wait()
+        yield 0, 0, b""
+
+
+class Desk:
+    """A router for `cats`, and what it works on."""
+
+    def __init__(self, registry: Registry, ref: str, most: int = 99):
+        storage = registry.storage
+        self.database, self.replicas = Database(None, storage), Nobody()
+        self.database.migrate()
+        self.queue, self.routes = Queue(self.database), Routes(storage, [ModelSpec(ref=ref)])
+        generations, replicas = Generations(self.database, storage), {"cats": self.replicas}
+        self.router = Router(self.queue, storage, self.routes, replicas, Metrics.off(), {"cats": most}, generations)
+
+    def run(self, work: Callable[[Router], Awaitable[Any]]) -> Any:
+        """What `work` returns for the router while it is open."""
+
+        async def session() -> Any:
+            self.router.start()
+            try:
+                return await work(self.router)
+            finally:
+                await self.router.close()
+
+        return asyncio.run(session())
+
+    def rows(self) -> list[PredictionRow]:
+        with self.database.reading() as session:
+            found = list(session.scalars(select(PredictionRow).order_by(PredictionRow.created)))
+            session.expunge_all()
+            return found
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_burst_does_not_pass_the_bound(registry: Registry, put: Callable[[int], Version], at_once: bool) -> None:
+    """Between two counts as well, and while none of it is written yet."""
+    put(1)
+    desk = Desk(registry, "cats", most=3)
+
+    async def burst(router: Router) -> list[Prediction | BaseException]:
+        if at_once:
+            return await asyncio.gather(*(router.submit(ASK) for _ in range(4)), return_exceptions=True)
+        return [(await asyncio.gather(router.submit(ASK), return_exceptions=True))[0] for _ in range(4)]
+
+    async def work(router: Router) -> None:
+        taken = await burst(router)
+        assert [type(answer) for answer in taken] == [Prediction] * 3 + [Busy]
+        assert len(desk.rows()) == 3
+        for answer in taken[:3]:
+            assert isinstance(answer, Prediction)
+            await router.cancel(answer.id)
+        await asyncio.sleep(routers.COUNT_AGAIN)  # and not until the next count, a second later
+        assert await router.submit(ASK)
+
+    desk.run(work)
+
+
+def test_what_was_claimed_meanwhile_waits_no_more(registry: Registry, put: Callable[[int], Version]) -> None:
+    """A service that keeps up is not taken for full because much came since the last count."""
+    put(1)
+    desk = Desk(registry, "cats", most=3)
+
+    async def work(router: Router) -> None:
+        for _ in range(8):
+            await router.submit(ASK)
+            await asyncio.to_thread(desk.queue.claim, "somebody", "cats")
+            await asyncio.sleep(routers.COUNT_AGAIN)
+
+    desk.run(work)
+    assert len(desk.rows()) == 8
+
+
+def test_the_same_request_again_takes_no_place(
+    registry: Registry, put: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routers, "COUNT", 3600)  # no count in between puts it right
+    monkeypatch.setattr(routers, "COUNT_AGAIN", 3600)
+    put(1)
+    desk = Desk(registry, "cats", most=3)
+    keyed = Ask("predictions", "cats", ASK.drawing, idempotency_key="once")
+
+    async def work(router: Router) -> None:
+        assert len({(await router.submit(keyed)).id for _ in range(3)}) == 1
+        await router.submit(ASK)
+        await router.submit(ASK)
+
+    desk.run(work)
+
+
+@pytest.fixture
+def shadowed(registry: Registry, put: Callable[[int], Version]) -> Desk:
+    """A desk whose every request is drawn by version 2 as well."""
+    put(1), put(2)
+    traffic.change(registry.storage, "cats", {}, {2: 100})
+    return Desk(registry, "cats@1")
+
+
+KEYED = Ask(
+    "predictions", "cats", ASK.drawing, user="somebody", idempotency_key="once", body="digest",
+    webhook="https://example.org/hook", webhook_events=("completed",), comparison="pair", withhold=True,
+)  # fmt: skip
+
+
+def test_a_shadow_draws_the_same_and_nobody_hears_of_it(shadowed: Desk) -> None:
+    async def work(router: Router) -> Prediction:
+        answer = await router.submit(KEYED)
+        await until(lambda: len(shadowed.replicas.called) == 2)
+        assert (await router.submit(KEYED)).id == answer.id  # which is no reason for a second shadow
+        await asyncio.sleep(0.2)
+        return answer
+
+    answer = shadowed.run(work)
+    assert answer.ref == "cats@1"
+    row, shadow = sorted(shadowed.rows(), key=lambda row: row.ref)
+    assert (row.id, shadow.ref, shadow.shadow_of) == (answer.id, "cats@2", answer.id)
+    assert (shadow.drawing, shadow.user, shadow.withhold) == (row.drawing, "somebody", True)
+    assert (row.webhook, row.comparison) == ("https://example.org/hook", "pair")
+    assert row.seal_name is not None
+    assert (shadow.webhook, shadow.webhook_events, shadow.comparison) == (None, [], None)
+    assert (shadow.seal_name, shadow.seal_body) == (None, None)
+    assert [found.id for found in shadowed.queue.find(None, None, 9)] == [answer.id]
+    assert set(shadowed.replicas.called) == {row.id, shadow.id}
+
+
+@pytest.mark.parametrize("error", [StorageError("away"), RuntimeError("anything")])
+def test_a_shadow_that_cannot_be_written_harms_nothing(
+    shadowed: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    true, tried = shadowed.queue.submit, threading.Event()
+
+    def submit(new: NewPrediction) -> tuple[Prediction, bool]:
+        if new.shadow_of is None:
+            return true(new)
+        tried.set()
+        raise error
+
+    monkeypatch.setattr(shadowed.queue, "submit", submit)
+
+    async def work(router: Router) -> Prediction:
+        answer = await router.submit(KEYED)
+        await until(tried.is_set)
+        await router.submit(ASK)
+        return answer
+
+    answer = shadowed.run(work)
+    assert [row.ref for row in shadowed.rows()] == ["cats@1"] * 2
+    assert not answer.ended
+    assert f"shadow of {answer.id}: {error}" in caplog.text
+
+
+def test_nobody_waits_for_a_shadow(shadowed: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, leave = shadowed.queue.submit, threading.Event()
+
+    def submit(new: NewPrediction) -> tuple[Prediction, bool]:
+        if new.shadow_of is not None:
+            leave.wait(60)
+        return true(new)
+
+    monkeypatch.setattr(shadowed.queue, "submit", submit)
+
+    async def work(router: Router) -> None:
+        try:
+            async with asyncio.timeout(30):
+                await router.submit(KEYED)
+            assert len(shadowed.rows()) == 1
+        finally:
+            leave.set()
+
+    shadowed.run(work)
+
+
+@pytest.fixture
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "REFRESH", 0.02)
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_model_whose_version_is_withdrawn_is_not_served_until_it_has_another(
+    registry: Registry, put: Callable[[int], Version]
+) -> None:
+    """An alias cannot be left on it; a number, or the newest of none, can."""
+    version, told = put(1), list[Target]()
+    with served(registry, "cats@1", "cats") as (fixed, newest):
+        newest.on_change = told.append
+        registry.withdraw(version, "leaked")
+        for routes in (fixed, newest):
+            wait(lambda routes=routes: not routes.served())  # type: ignore[misc]
+            with pytest.raises(NotFound, match=r"model: cats is not served now: .*cats@1 was withdrawn \(leaked\)"):
+                routes.choose(ASK)
+            assert not routes.targets()
+        put(2)
+        wait(lambda: bool(newest.served()))
+        assert newest.choose(ASK)[0].ref == "cats@2"
+        wait(lambda: [target.ref for target in told] == ["cats@2"])
+        assert not fixed.served()
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("gone", [StorageError("the store does not answer"), NotFound("no such object")])
+def test_a_store_that_is_away_for_a_moment_changes_nothing(
+    registry: Registry, put: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch, gone: Exception
+) -> None:
+    """Nor does one that looks empty, as a disk that is not mounted."""
+    put(1), put(2)
+    traffic.change(registry.storage, "cats", {2: 50}, {})
+    asked = []
+
+    def away(storage: Storage, path: str) -> bytes:
+        asked.append(path)
+        raise gone
+
+    with served(registry, "cats@1") as (routes,):
+        before = routes.served()
+        assert len(before[0].traffic) == 2
+        with monkeypatch.context() as broken:
+            broken.setattr(Storage, "read", away)
+            wait(lambda: len(asked) > 3)
+            assert routes.served() == before
+            assert routes.choose(ASK)[0].ref in ("cats@1", "cats@2")
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_share_stays_while_the_store_does_not_say_that_its_version_was_withdrawn(
+    registry: Registry, put: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(1), put(2)
+    traffic.change(registry.storage, "cats", {2: 100}, {})
+    true, asked = Storage.read, []
+
+    def read(storage: Storage, path: str) -> bytes:
+        if path.endswith("versions/2.json"):
+            asked.append(path)
+            raise StorageError("the store does not answer")
+        return true(storage, path)
+
+    with served(registry, "cats@1") as (routes,):
+        with monkeypatch.context() as broken:
+            broken.setattr(Storage, "read", read)
+            wait(lambda: len(asked) > 3)
+            assert routes.choose(ASK)[0].ref == "cats@2"
+        registry.withdraw(registry.resolve("cats@2"))
+        wait(lambda: routes.choose(ASK)[0].ref == "cats@1")
+
+
+@contextlib.contextmanager
+def served(registry: Registry, *refs: str) -> Any:
+    routes = [Routes(registry.storage, [ModelSpec(ref=ref)]) for ref in refs]
+    try:
+        yield routes
+    finally:
+        for each in routes:
+            each.close()
+
+
+def wait(met: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not met():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+async def until(met: Callable[[], bool]) -> None:
+    await asyncio.to_thread(wait, met)

@@ -1,0 +1,85 @@
+"""A trial as Ray Tune sees it, its training replaced: what is told, what is recorded."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from raysd.cli.specs import recipe_of
+from raysd.config import SearchSpec, load
+from raysd.errors import OutOfMemory
+from raysd.storage import Storage
+from raysd.tune import records, trial
+from raysd.tune.space import key_of
+from raysd.tune.trial import OVER, WORST, Job, SearchTrial
+
+VALUES = {"optim.lr": 1e-3}
+LOSSES = [0.5, 0.3, 0.4, 0.2, 0.6]
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYSD_CLUSTER_RESOURCES", "")
+    space = {"optim.lr": {"kind": "choice", "values": [1e-3]}}
+    spec = load(SearchSpec, {"recipe": "lora-demo", "space": space, "budget": {"trials": 1}})
+    return Job(
+        root=str(tmp_path),
+        search="s",
+        spec=spec,
+        training=recipe_of("lora-demo"),
+        shared_plan=False,
+        pictures=4,
+        gpus=0,
+        grows_to="",
+        prompts=(),
+        real=None,
+    )
+
+
+def results(job, monkeypatch, train):
+    """All that the trial tells Ray Tune."""
+    monkeypatch.setattr(trial, "train", train)
+    tried = SearchTrial.__new__(SearchTrial)  # the rest is Ray Tune's own
+    tried.setup(VALUES, job)
+    found = [tried.step()]
+    while not found[-1][OVER]:
+        found.append(tried.step())
+    tried.cleanup()
+    return found
+
+
+def record_of(job):
+    found = records.read_trial(records.storage_of(Storage(job.root), "s"), key_of(VALUES))
+    assert found is not None
+    return found
+
+
+def trains(spec, name, root, watch, plan, asked):
+    for step, loss in enumerate(LOSSES, 1):
+        watch({"kind": "validation", "step": step, "validation_loss": loss})
+    return SimpleNamespace(finished=True)
+
+
+def never(*_):
+    raise AssertionError("it trained again")
+
+
+def test_the_scheduler_goes_by_the_best_loss_so_far_and_the_record_by_what_was_measured(job, monkeypatch):
+    """As the benchmark's replay does: the best checkpoint is what a trial publishes."""
+    expected = [0.5, 0.3, 0.3, 0.2, 0.2]
+    told = [result["validation_loss"] for result in results(job, monkeypatch, trains)]
+    assert told == [*expected, 0.2], "the last one says that it is over"
+    assert [report["validation_loss"] for report in record_of(job).reports] == LOSSES
+    again = results(job, monkeypatch, never)
+    assert [result["validation_loss"] for result in again] == expected, "replayed to a new scheduler"
+
+
+def test_a_trial_that_runs_out_of_memory_is_over_with_a_reason_and_the_worst_of_all(job, monkeypatch):
+    def short(spec, name, root, watch, plan, asked):
+        watch({"kind": "validation", "step": 1, "validation_loss": 0.5})
+        raise OutOfMemory("out of memory on node-1\ntry: a smaller batch")
+
+    told = results(job, monkeypatch, short)
+    assert [(result["validation_loss"], result[OVER]) for result in told] == [(0.5, False), (WORST, True)]
+    record = record_of(job)
+    assert (record.status, record.reason) == ("failed", "out of memory on node-1\ntry: a smaller batch")
+    assert [result["validation_loss"] for result in results(job, monkeypatch, never)] == [WORST]
