@@ -171,11 +171,19 @@ def load_state(run: Storage, checkpoint: Checkpoint, engine: Engine, ema: Ema | 
 
 
 def prune(run: Storage, keep: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one; a manifest goes before its parts."""
-    for checkpoint in complete(run)[:-keep]:
+    """Delete all but the newest `keep` checkpoints and the best one; a manifest goes before its parts.
+
+    And what attempts that died left of checkpoints older than the newest. By the run's only writer, between two of them.
+    """
+    found = complete(run)
+    for checkpoint in found[:-keep]:
         if checkpoint.step != best_step:
             run.delete(f"{checkpoint.folder}/{MANIFEST}")
             run.delete_tree(checkpoint.folder)
+    begun = {entry.path.rpartition("/")[0] for entry in run.list("checkpoints")}
+    for folder in sorted(begun - {checkpoint.folder for checkpoint in found}):
+        if found and folder < found[-1].folder:
+            run.delete_tree(folder)
 
 
 def _collect(engine: Engine, ema: Ema | None) -> dict[str, Tensor]:

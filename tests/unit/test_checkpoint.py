@@ -62,6 +62,16 @@ def test_the_newest_and_the_best_are_kept_and_a_manifest_goes_before_its_parts(t
     assert len(run.list("checkpoints")) == 3 * len(left)
 
 
+def test_what_a_dead_attempt_left_of_an_older_checkpoint_goes_and_one_that_is_being_written_stays(tmp_path):
+    run = Watched(str(tmp_path))
+    write(run, 4)
+    for folder in ("00000002-0001", "00000006-0001"):
+        run.write(f"checkpoints/{folder}/part-0000.safetensors", b"part")
+    checkpoint.prune(run, 3, None)
+    left = {entry.path.split("/")[1] for entry in run.list("checkpoints")}
+    assert left == {"00000004-0001", "00000006-0001"}
+
+
 def full(*arguments, **options):
     raise OSError(errno.ENOSPC, "No space left on device")
 
