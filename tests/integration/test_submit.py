@@ -173,7 +173,7 @@ def test_a_failing_command_gives_its_exit_status_and_may_be_submitted_again(plac
 
 def test_the_commands_own_process_runs_where_it_was_asked_to(place):
     there = ["--entry-resource", "desk=1", "--entry-label", "room=attic"]
-    assert place.run("submit", "--follow", *there, "--", "models", "list").returncode == 0
+    assert place.run("submit", "--follow", *there, "--", "models", "list", "--json").returncode == 0
     assert "--entry-resource desk=" in refused(place.run("submit", "--entry-resource", "desk=x", "--", "runs", "list"))
     assert "expected NAME=VALUE" in refused(place.run("submit", "--entry-label", "room", "--", "runs", "list"))
     nowhere = json_of(place.run("submit", "--json", "--entry-label", "room=cellar", "--", "runs", "list"))
