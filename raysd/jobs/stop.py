@@ -79,11 +79,12 @@ def _await_end(client: Client, id: str) -> JobDetails:
         job = client.details(id)
         if job.status in OVER:
             return job
-        if time.monotonic() > end and job.status == JobStatus.PENDING:
-            raise RaysdError(
-                f"job {id}: waits for a node that suits its own process, and Ray cannot stop it before it runs; it gives up "
-                "by itself (RAY_JOB_START_TIMEOUT_SECONDS)"
-            )
         if time.monotonic() > end:
-            raise RaysdError(f"job {id}: does not end though it was stopped; see the cluster's dashboard")
+            why = "does not end though it was stopped; see the cluster's dashboard"
+            if job.status == JobStatus.PENDING:
+                why = (
+                    "waits for a node that suits its own process, and Ray cannot stop it before it runs; it gives up by "
+                    "itself (RAY_JOB_START_TIMEOUT_SECONDS)"
+                )
+            raise RaysdError(f"job {id}: {why}")
         time.sleep(0.5)
