@@ -136,7 +136,11 @@ def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, un
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, 2), process)
     if how == "runs stop":
+        frozen = train_workers()[-1]  # the run could be over before the command has begun
+        frozen.suspend()
         assert raysd("runs", "stop", "run", storage=tmp_path).returncode == 0
+        time.sleep(4)  # the driver looks for the wish every 2 s
+        frozen.resume()
     else:
         process.send_signal(getattr(signal, how))
     _, err = process.communicate(timeout=300)
