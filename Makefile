@@ -29,7 +29,8 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not soak and not gpu' tests/integration
 
 soak: install
-	$(BIN)/pytest -m soak --timeout 7200
+	RAYSD_SOAK_RESULTS=benchmarks/results/soaks $(BIN)/pytest -m 'soak or measured' --timeout 7200
+	$(BIN)/python -m benchmarks --page
 
 bench: install
 	$(BIN)/python -m benchmarks

@@ -3,4 +3,4 @@
 from raysd.quiet import quiet_libraries
 
 quiet_libraries()
-pytest_plugins = ["tests.base", "tests.browser", "tests.cluster", "tests.postgres", "tests.records"]
+pytest_plugins = ["tests.base", "tests.browser", "tests.cluster", "tests.postgres", "tests.records", "tests.soaks"]

@@ -27,6 +27,7 @@ from benchmarks import (  # noqa: E402
     saving,
     scheduler,
     service,
+    soaks,
     step,
     submission,
     workers,
@@ -56,7 +57,7 @@ def main() -> int:
     """0, or 1 if a benchmark failed."""
     arguments = _arguments()
     if arguments.page:
-        text = page.render(results.load(arguments.results), _docs(), _commands())
+        text = page.render(results.load(arguments.results), _docs(), _commands(), soaks.load(soaks.FOLDER))
         arguments.page.parent.mkdir(exist_ok=True)
         arguments.page.write_text(text)
         print(arguments.page)

@@ -25,6 +25,8 @@ SPACE = {
 EPOCHS, EVERY, GRACE, REDUCTION = 27, 1, 1, 3
 AT_ONCE, SEEDS = 4, 100
 CLOSE, SHARE, OFTEN = 1.01, 0.35, 90
+OUTSIDE = 15.0
+"""Seconds of a trial's life outside its steps."""
 
 Curve = list[tuple[float, float]]
 """(epoch, lowest validation loss so far)."""
@@ -41,6 +43,7 @@ def run(options: Options) -> Result:
     live = spawned.alone(_search, str(options.work / "live"), "asha", options.quick)
     found = min(_curve(trial)[-1][1] for trial in live if trial["status"] == "finished")
     spent = sum(_curve(trial)[-1][0] for trial in live if trial["reports"])
+    outside = [trial["outside"] for trial in live]
     return Result(
         targets=[
             Target(
@@ -52,6 +55,7 @@ def run(options: Options) -> Result:
             ),
             Target("live search: its best beside the grid's", found / best, CLOSE, False),
             Target("live search: share of the grid's epochs", spent / whole, SHARE, False),
+            Target("live search: a trial's time outside its steps, median", median(outside), OUTSIDE, False, "s"),
         ],
         tables=[
             Table(
@@ -68,7 +72,7 @@ def run(options: Options) -> Result:
                 ],
             ),
         ],
-        samples={"ratio": ratios, "share": shares},
+        samples={"ratio": ratios, "share": shares, "outside": outside},
         settings={"space": SPACE, "epochs": EPOCHS, "grace": GRACE, "reduction": REDUCTION, "at_once": AT_ONCE},
     )
 
@@ -155,7 +159,15 @@ def _search(root: str, scheduler: str, quick: bool) -> list[dict[str, Any]]:
         "budget": {},
     }
     outcome = search(load(SearchSpec, body), training, "grid", Storage(root), lambda event: _say(event))
-    return [asdict(trial) for trial in outcome.trials]
+    return [{**asdict(trial), "outside": _outside(trial, Storage(root))} for trial in outcome.trials]
+
+
+def _outside(trial: Any, root: Any) -> float:
+    """Seconds of a trial's life before its first step was done and after its last."""
+    from raysd.train import runs
+
+    times = [row["time"] for row in runs.metrics(runs.storage_of(root, trial.run)) if "loss" in row]
+    return float(trial.seconds - (times[-1] - times[0]))
 
 
 def _say(event: dict[str, Any]) -> None:

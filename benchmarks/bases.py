@@ -44,8 +44,8 @@ def _tiny(folder: Path) -> None:
     build(folder)
 
 
-def lora_of(base: Path, out: Path, seed: int, rank: int = 4) -> Path:
-    """An adapter file of random weights that change the base's pictures visibly."""
+def lora_of(base: Path, out: Path, seed: int, rank: int = 4, spread: float = 0.3) -> Path:
+    """An adapter file of random weights; with this spread they change the pictures of a tiny base visibly."""
     import torch
 
     from raysd.config import TrainingSpec, load
@@ -58,7 +58,7 @@ def lora_of(base: Path, out: Path, seed: int, rank: int = 4) -> Path:
     module = Lora().build(family_of(base), base, spec)
     generator = torch.Generator().manual_seed(seed)
     weights = {
-        name: torch.randn(value.shape, generator=generator) * 0.3
+        name: torch.randn(value.shape, generator=generator) * spread
         for name, value in module.named_parameters()
         if value.requires_grad
     }

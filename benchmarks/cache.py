@@ -1,10 +1,12 @@
 """Filling the latent cache of 5,000 rendered pictures at 64 px, beside a bare encoding loop; and filling it again.
 
-raysd's side is `fill_latents` with Ray Data, start of its encoders, reading, decoding, resizing and writing included. The
+raysd's side is `fill_latents`, reading, decoding, resizing and writing included: in one process, as it is on a lone machine
+of few CPUs, and with Ray Data, its start and that of its encoders included, as on any other. The
 bare loop encodes pictures that are tensors in memory already, in batches of the same size, on all cores, and keeps
 nothing. The bundled base's autoencoder, fp32.
 """
 
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -18,39 +20,47 @@ SPEED_BOUND = 0.8
 AGAIN_BOUND = 2.0
 SIDE = 64
 
+HERE, RAY_DATA = "one process", "Ray Data"
+
 Figures = dict[str, float]
 
 
 def run(options: Options) -> Result:
     from raysd.assets.make.renderer import write_dataset
 
-    pictures, repeats = (320, 1) if options.quick else (5000, 3)
+    pictures, repeats = (320, 1) if options.quick else (5000, 2)
     base, folder = bases.tiny(options.work / "base"), options.work / "pictures"
     write_dataset(folder, pictures, seed=0, resolution=SIDE)
-    fills: list[Figures] = []
+    fills: dict[str, list[Figures]] = {HERE: [], RAY_DATA: []}
     bare: list[float] = []
     for number in range(repeats):
-        fills.append(spawned.alone(_fill_twice, base, folder, options.work / f"store{number}"))
+        for how, found in fills.items():
+            found.append(spawned.alone(_fill_twice, base, folder, options.work / f"store{number}-{len(how)}", how))
         bare.append(spawned.alone(_bare, base, pictures))
     return _result(fills, bare, pictures)
 
 
-def _fill_twice(base: Path, folder: Path, store: Path) -> Figures:
+def _fill_twice(base: Path, folder: Path, store: Path, how: str) -> Figures:
     """Seconds of checking, of starting Ray, of filling an empty cache, and of filling it again."""
     from raysd import cluster
     from raysd.config import TrainingSpec, load
     from raysd.data.dataset import prepare
     from raysd.references import locate
     from raysd.storage import Storage
+    from raysd.train import encode
     from raysd.train.encode import fill_latents
     from raysd.train.plan import make_plan
 
+    encode._most_here = lambda: 10**9 if how == HERE else 0
     data = {"source": str(folder), "resolution": SIDE, "validation": 0.0, "duplicates": "keep"}
     spec = load(TrainingSpec, {"base": str(base), "data": data, "optim": {"steps": 1}})
     storage, seen = Storage(str(store)), Marks()
     plan = make_plan(prepare(spec.data, storage), locate(spec.base, storage), spec)
     seen.mark("check")
+    importing = threading.Thread(target=locate(spec.base, storage).family.import_libraries)  # meanwhile, as a run does
+    importing.start()
     cluster.join(1)
+    importing.join()
     seen.mark("start_ray")
     written: list[tuple[float, int]] = []
     fill_latents(plan, storage, spec, lambda what, done, of: written.append((time.perf_counter(), done)))
@@ -99,29 +109,54 @@ def _bare(base: Path, pictures: int) -> float:
     return pictures / (time.perf_counter() - began)
 
 
-def _result(fills: list[Figures], bare: list[float], pictures: int) -> Result:
-    first, second = (median(fill[name] for fill in fills) for name in ("first", "second"))
-    rate, steady, limit = pictures / first, median(fill["steady_rate"] for fill in fills), median(bare)
+def _result(fills: dict[str, list[Figures]], bare: list[float], pictures: int) -> Result:
+    limit = median(bare)
+
+    def typical(how: str, name: str) -> float:
+        return median(fill[name] for fill in fills[how])
+
     targets = [
-        Target("filling the cache, pictures/s, raysd / bare encoding loop", rate / limit, SPEED_BOUND, at_least=True),
-        Target("filling it again, % of the first time", 100 * second / first, AGAIN_BOUND, at_least=False, unit="%"),
+        *(
+            Target(
+                f"{how}: pictures/s, raysd / bare encoding loop",
+                pictures / typical(how, "first") / limit,
+                SPEED_BOUND,
+                True,
+            )
+            for how in fills
+        ),
+        Target(
+            "filling it again, % of the first time",
+            100 * max(typical(how, "second") / typical(how, "first") for how in fills),
+            AGAIN_BOUND,
+            at_least=False,
+            unit="%",
+        ),
     ]
+    rates = {how: (pictures / typical(how, "first"), typical(how, "steady_rate")) for how in fills}
     rows = [
-        ["raysd, all", round(rate, 1), round(rate / limit, 3)],
-        ["raysd, between the first and the last shard", round(steady, 1), round(steady / limit, 3)],
-        ["bare encoding loop", round(limit, 1), 1.0],
+        row
+        for how, (rate, steady) in rates.items()
+        for row in (
+            [f"{how}, all", round(rate, 1), round(rate / limit, 3)],
+            [f"{how}, between the first and the last shard", round(steady, 1), round(steady / limit, 3)],
+        )
     ]
-    around = [
-        [name, round(median(fill[name] for fill in fills), 2)] for name in ("check", "start_ray", "first", "second")
-    ]
-    samples = {name: [fill[name] for fill in fills] for name in fills[0]} | {"bare_rate": bare}
+    parts = ("check", "start_ray", "first", "second")
     return Result(
         targets,
         [
-            Table("Encoding pictures", ["what", "pictures/s", "of the bare loop"], rows),
-            Table("Seconds", ["part", "s"], around),
+            Table(
+                "Encoding pictures", ["what", "pictures/s", "of the bare loop"], [*rows, ["bare", round(limit, 1), 1.0]]
+            ),
+            Table(
+                "Seconds",
+                ["part", *fills],
+                [[name, *(round(typical(how, name), 2) for how in fills)] for name in parts],
+            ),
         ],
-        samples,
-        {"pictures": pictures, "resolution": SIDE, "precision": "fp32", "repeats": len(fills)},
+        {f"{how}: {name}": [fill[name] for fill in fills[how]] for how in fills for name in fills[how][0]}
+        | {"bare": bare},
+        {"pictures": pictures, "resolution": SIDE, "precision": "fp32", "repeats": len(bare)},
         gpu=hardware.gpu_name() is not None,
     )

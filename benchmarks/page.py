@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import soaks
+
 FILE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 HEAD = """\
@@ -19,8 +21,13 @@ to see that it works. Leave the machine alone meanwhile: the load before each is
 """
 
 
-def render(results: Sequence[Mapping[str, Any]], docs: Mapping[str, str], commands: Mapping[str, str]) -> str:
-    """One section a benchmark. `docs`: what each measures; `commands`: how each is run."""
+def render(
+    results: Sequence[Mapping[str, Any]],
+    docs: Mapping[str, str],
+    commands: Mapping[str, str],
+    long: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """One section a benchmark. `docs`: what each measures; `commands`: how each is run; `long`: what soaks kept."""
     parts = [HEAD, _overview(results, docs)]
     for name, doc in docs.items():
         title, _, rest = doc.strip().partition("\n\n")
@@ -30,6 +37,7 @@ def render(results: Sequence[Mapping[str, Any]], docs: Mapping[str, str], comman
         parts.append(f"    {commands[name]}\n")
         found = [result for result in results if result["name"] == name]
         parts += [_section(result) for result in found] or ["Not measured yet.\n"]
+    parts += [_soaks(body) for body in long]
     return "\n".join(parts)
 
 
@@ -56,6 +64,12 @@ def _section(result: Mapping[str, Any]) -> str:
         parts += [f"{table['title']}:\n", _table(table["columns"], table["rows"])]
     parts += [f"{note}\n" for note in result["notes"]]
     return "\n".join(parts)
+
+
+def _soaks(body: Mapping[str, Any]) -> str:
+    """The last pass of each long test."""
+    columns = ["test", "passed on", "commit", "minutes", "found"]
+    return f"## make soak\n\nOn {_machine({'hardware': body['hardware']})}:\n\n{_table(columns, soaks.rows(body))}"
 
 
 def _judged(target: Mapping[str, Any]) -> list[str]:

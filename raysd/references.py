@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysd.errors import IntegrityError, NotFound, RequestError
-from raysd.models import Family, family_of
+from raysd.models import BESIDE, Family, family_of
 from raysd.registry import Registry, Version
 from raysd.storage import Storage, sha256_of
+
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ def locate(ref: str, storage: Storage) -> Located:
         return Located(ref, asset("tiny-sd"))
     path = Path(ref).expanduser()
     if ref.endswith(".safetensors"):
-        return Located(ref, _single_file(path))
-    if path.is_dir():
+        return Located(str(path.resolve()), _single_file(path))
+    # A word alone may also be a model of the registry, beside a folder of that name which holds its pictures.
+    if path.is_dir() and ("/" in ref or ref.startswith((".", "~")) or (path / INDEX).exists()):
         family_of(path)
+        _refuse_pickles(path)
         return Located(str(path.resolve()), path.resolve())
     if ref.startswith((".", "/", "~")):
         raise NotFound(f"{ref}: no such folder")
@@ -54,13 +58,33 @@ def locate(ref: str, storage: Storage) -> Located:
 
 
 def identity(folder: Path, *components: str) -> str:
-    """sha256 over the names and bytes of a model's files (of the named components, or all): what it is, wherever it lies."""
-    roots = [folder / component for component in components] if components else [folder]
-    lines = []
-    for path in sorted(path for root in roots for path in root.rglob("*")):
-        if path.is_file() and path.suffix in (".json", ".txt", ".safetensors"):
-            lines.append(f"{path.relative_to(folder).as_posix()} {sha256_of(path.resolve())}")
+    """sha256 over the names and bytes of a model's files (of the named components, or all): what it is, wherever it lies.
+
+    What is no part of the model does not count: other files beside it, a safety checker, weights of another precision.
+    """
+    roots = [folder / component for component in components or _components(folder)]
+    files = [path for root in roots for path in root.rglob("*")] + ([] if components else [folder / INDEX])
+    lines = [
+        f"{path.relative_to(folder).as_posix()} {sha256_of(path.resolve())}"
+        for path in sorted(files)
+        if path.is_file() and path.suffix in (".json", ".txt", ".safetensors") and ".fp16." not in path.name
+    ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _components(folder: Path) -> list[str]:
+    """The folders of the model's parts."""
+    index = json.loads((folder / INDEX).read_text())
+    return [name for name, value in index.items() if isinstance(value, list) and name not in BESIDE]
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for name in _components(folder):
+        if list(folder.glob(f"{name}/*.bin")) and not list(folder.glob(f"{name}/*.safetensors")):
+            raise RequestError(
+                f"{folder}: {name} has pickled weights (.bin) alone, which are not loaded; convert them: "
+                "DiffusionPipeline.from_pretrained(folder).save_pretrained(other, safe_serialization=True)"
+            )
 
 
 def _registered(version: Version, storage: Storage) -> Located:
@@ -80,7 +104,7 @@ def _hub(ref: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["model_index.json", "*/*.json", "*/*.txt", "*/*.safetensors"]
+    patterns = [INDEX, "*/*.json", "*/*.txt", "*/*.safetensors"]
     try:
         return Path(snapshot_download(ref, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "safety_checker/*"]))
     except RepositoryNotFoundError:
@@ -95,7 +119,7 @@ def _single_file(path: Path) -> Path:
     if not path.is_file():
         raise NotFound(f"{path}: no such file")
     out = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raysd" / "single-file" / sha256_of(path)
-    if not (out / "model_index.json").exists():
+    if not (out / INDEX).exists():
         from diffusers import StableDiffusionPipeline
 
         # Configurations and tokenizer: a folder of the file's name beside it, or the hub's for the layout found.
@@ -117,9 +141,9 @@ def _save_whole(pipeline: object, out: Path) -> None:
     """Save under a temporary name and rename: another process sees the folder whole or not at all."""
     scratch = out.with_name(f"{out.name}.{os.getpid()}")
     pipeline.save_pretrained(scratch, safe_serialization=True)  # type: ignore[attr-defined]
-    json.loads((scratch / "model_index.json").read_text())
+    json.loads((scratch / INDEX).read_text())
     try:
         scratch.rename(out)
     except OSError:
-        if not (out / "model_index.json").exists():
+        if not (out / INDEX).exists():
             raise

@@ -44,7 +44,7 @@ def _training(ref: str) -> Any:
     from raysd.evaluate.report import Training
     from raysd.train import runs
 
-    if "@" not in ref:
+    if "@" not in ref or "/" in ref:
         return None
     name = open_registry().resolve(ref).record.get("run", {}).get("name")
     if name not in runs.names(open_storage()):

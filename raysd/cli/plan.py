@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from raysd.cli.output import Json, open_storage, pairs, show, table
-from raysd.cli.specs import dotted, recipe_of
+from raysd.cli.specs import dotted, grounded, recipe_of
 from raysd.config import TrainingSpec, override
 from raysd.console import errors
 
@@ -30,7 +30,7 @@ def plan(
     Nothing is allocated, downloaded (but a model's configuration) or started. Prices are examples: put yours into
     cluster/devices.toml. Exit status 1 if --cluster is given and the run does not fit.
     """
-    spec = override(recipe_of(recipe), dotted(context.args))
+    spec = grounded(override(recipe_of(recipe), dotted(context.args)))
     bodies = _bodies(spec, cluster)
     show(bodies[0] if cluster else bodies, as_json, lambda: _one(bodies[0]) if cluster else _all(bodies))
     for body in bodies if not as_json else ():

@@ -56,7 +56,10 @@ def traffic(
     if clear and (shares or shadow):
         raise RequestError("--clear: takes no shares")
     if shares or shadow or clear:
-        now = splits.change(storage, model, _parsed(shares), _parsed(shadow))
+        former = splits.in_use(storage, model)
+        drawn = _parsed(shares) if shares or clear else former.shares
+        beside = _parsed(shadow) if shadow or clear else former.shadow
+        now = splits.change(storage, model, drawn, beside)
     else:
         now = splits.read(storage, model)
     show(asdict(now), as_json, lambda: _rendered(model, now))

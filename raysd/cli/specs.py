@@ -1,13 +1,15 @@
 """From the words of a command to a spec."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from raysd.cli.output import flat, out
-from raysd.config import TrainingSpec, describe, load, read_toml
+from raysd.config import TrainingSpec, describe, load, override, read_toml
 from raysd.errors import RequestError
+from raysd.jobs.outcome import FILE as JOB
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -21,6 +23,23 @@ def recipe_of(name: str) -> TrainingSpec:
             known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
             raise RequestError(f"recipe {name}: not one of {known}, and not a .toml file")
     return load(TrainingSpec, read_toml(path), path.name)
+
+
+def grounded(spec: TrainingSpec) -> TrainingSpec:
+    """Relative local paths made absolute: workers and later commands run in other folders.
+
+    Not in a job, whose folder is another one each time that it is sent, and the run is the same.
+    """
+    if JOB in os.environ:
+        return spec
+    base, source = Path(spec.base).expanduser(), spec.data.source
+    is_path = spec.base.startswith((".", "~")) or base.suffix == ".safetensors" or (base / "model_index.json").exists()
+    changes = {}
+    if is_path and base.exists() and spec.base != "tiny-sd":
+        changes["base"] = str(base.absolute())
+    if "://" not in source and Path(source).expanduser().exists() and source != "sample":
+        changes["data.source"] = str(Path(source).expanduser().absolute())
+    return override(spec, changes) if changes else spec
 
 
 def dotted(arguments: list[str]) -> dict[str, Any]:

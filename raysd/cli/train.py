@@ -7,7 +7,7 @@ import typer
 
 from raysd.cli.output import Json, flat, open_storage, out, pairs, reserve_output, show, table
 from raysd.cli.plan import comparison
-from raysd.cli.specs import dotted, recipe_of, train_help
+from raysd.cli.specs import dotted, grounded, recipe_of, train_help
 from raysd.config import TrainingSpec, override
 from raysd.console import Watcher, errors
 from raysd.errors import RaysdError
@@ -29,7 +29,7 @@ def train(
         train_help(None if recipe in (None, "--help", "-h") else recipe)
         return
     assert recipe is not None
-    spec = override(recipe_of(recipe), dotted(context.args))
+    spec = grounded(override(recipe_of(recipe), dotted(context.args)))
     run = name or Path(recipe).stem.lower()
     if dry_run:
         _dry_run(spec, run, as_json)

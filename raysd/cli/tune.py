@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from raysd.cli.output import Json, open_storage, out, reserve_output, show
-from raysd.cli.specs import dotted, recipe_of
+from raysd.cli.specs import dotted, grounded, recipe_of
 from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
 from raysd.console import Watcher, errors
 from raysd.errors import RequestError
@@ -35,7 +35,7 @@ def tune(
     own = {path: value for path, value in changes.items() if path.split(".")[0] in SearchSpec.model_fields}
     spec = override(spec, own) if own else spec
     rest = {path: value for path, value in changes.items() if path not in own}
-    training = override(recipe_of(spec.recipe), {**spec.training, **rest})
+    training = grounded(override(recipe_of(spec.recipe), {**spec.training, **rest}))
     _search(spec, training, name or Path(what).stem.lower(), retrain, as_json)
 
 

@@ -16,7 +16,7 @@ from raysd.errors import SpecError
 class Spec(BaseModel):
     """A frozen, strict model: an unknown key is refused, defaults stand here and nowhere else."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     alternatives: ClassVar[tuple[str, ...]] = ()
     """Fields of which one is given: `override` clears the others when it sets one."""
 
@@ -98,7 +98,7 @@ def _set(values: dict[str, Any], path: str, value: Any, spec: Spec) -> None:
 def _clear_alternatives(values: dict[str, Any], given: set[str], spec: Spec, prefix: str = "") -> None:
     for name in type(spec).model_fields:
         child = getattr(spec, name)
-        if isinstance(child, Spec):
+        if isinstance(child, Spec) and isinstance(values.get(name), dict):
             _clear_alternatives(values[name], given, child, f"{prefix}{name}.")
     if any(prefix + name in given for name in spec.alternatives):
         values.update({name: None for name in spec.alternatives if prefix + name not in given})
@@ -113,8 +113,9 @@ def _switch(values: dict[str, Any], place: dict[str, Any], parents: list[str], k
         )
         annotation = model.model_fields[name].annotation
     for variant in _parts(annotation):
-        if isinstance(variant, type) and issubclass(variant, Spec) and variant.model_fields["kind"].default == kind:
-            for name in [name for name in place if name not in variant.model_fields]:
+        fields = variant.model_fields if isinstance(variant, type) and issubclass(variant, Spec) else {}
+        if "kind" in fields and fields["kind"].default == kind:
+            for name in [name for name in place if name not in fields]:
                 del place[name]
     place["kind"] = kind
 
@@ -151,18 +152,24 @@ def _words(annotation: Any) -> str:
 def _nearest(kind: type[Spec], path: str) -> str:
     import difflib
 
-    known = [row.path for row in describe(kind)]
+    known = [row.path for row in describe(kind) if row.path != path]
     close = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else "known paths: raysd train RECIPE --help"
 
 
 def _explain(kind: type[Spec], error: ValidationError, origin: str) -> str:
-    known = {row.path for row in describe(kind)}
+    # Without fields that hold specs of their own (lists of models, a search's space): what is wrong lies deeper there.
+    known = {row.path for row in describe(kind) if "raysd.config" not in row.kind}
     lines = []
     for problem in error.errors():
         path = _dotted(problem["loc"], known)
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] == "extra_forbidden" and path in known:
+            lines.append(f"{path}: not for {problem['loc'][0]}.kind {problem['loc'][1]}")
+        elif problem["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown; {_nearest(kind, path)}")
+        elif problem["type"] in ("model_type", "model_attributes_type"):
+            example = min((row.path for row in describe(kind) if row.path.startswith(f"{path}.")), default="")
+            lines.append(f"{path}: is a table of fields: set one of them, as {example}")
         elif problem["type"] == "missing":
             lines.append(f"{path}: required")
         else:
@@ -174,9 +181,17 @@ def _explain(kind: type[Spec], error: ValidationError, origin: str) -> str:
 
 
 def _dotted(loc: tuple[int | str, ...], known: set[str]) -> str:
-    """A pydantic location without the union tags that it has and a dotted path has not."""
+    """A pydantic location as a dotted path: without union tags, and no deeper than the field itself."""
     names = [str(part) for part in loc]
-    plain = ".".join(names)
-    if plain in known or len(names) < 3:
-        return plain
-    return ".".join(names[:1] + names[2:])
+    for path in (names, names[:1] + names[2:]):  # as it is, and without the tag of a variant
+        for end in range(len(path), 0, -1):
+            if ".".join(path[:end]) in known:
+                return ".".join(path[:end])
+    tables = {table for path in known for table in _parents(path)}
+    tagged = len(names) > 2 and ".".join(names[:2]) not in tables
+    return ".".join(names[:1] + names[2:] if tagged else names)
+
+
+def _parents(path: str) -> list[str]:
+    names = path.split(".")
+    return [".".join(names[:end]) for end in range(1, len(names))]

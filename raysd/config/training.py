@@ -143,10 +143,14 @@ class ValidationSpec(Spec):
 
 
 class CheckpointSpec(Spec):
-    every: NonNegative = 0
-    """Steps between checkpoints; 0: only the last."""
+    every: NonNegative | None = None
+    """Steps between checkpoints; a tenth of the run, at least 50, if not given; 0: only the last."""
     keep: PositiveInt = 2
     """How many of the newest are kept; the best is kept besides."""
+
+    def interval(self, total: int) -> int:
+        """Steps between the checkpoints of a run of `total` steps; 0: only the last."""
+        return self.every if self.every is not None else max(50, -(-total // 10))
 
 
 class PublishSpec(Spec):
@@ -192,6 +196,11 @@ class TrainingSpec(Spec):
             raise ValueError(
                 f"optim.batch_size {self.optim.batch_size} is the global batch: it needs at least one picture "
                 f"for each of scale.workers {self.scale.most_workers}"
+            )
+        if isinstance(self.scale.workers, tuple) and self.checkpoint.every == 0:
+            raise ValueError(
+                "checkpoint.every 0: a run of scale.workers [fewest, most] goes on from its last checkpoint whenever "
+                "the number of workers changes; leave it out, or give a number of steps"
             )
         sharded = self.scale.zero_stage > 0
         if sharded and self.optim.kind in ("adafactor", "prodigy", "adamw8bit"):

@@ -102,12 +102,23 @@ def _members(zipped: zipfile.ZipFile, size: int, origin: str) -> Iterator[tuple[
 
 def _name(member: zipfile.ZipInfo, origin: str) -> str:
     """A relative name with forward slashes. Raises DataError where it climbs out of the archive."""
-    name = member.orig_filename.replace("\\", "/")
+    name = _decoded(member).replace("\\", "/")
     if not name or "\0" in name:
         raise DataError(f"{origin}: {shown(name)!r} is no name for a file: refused")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in name.split("/"):
         raise DataError(f"{origin}: {shown(name)!r} leads out of the archive: refused")
     return posixpath.normpath(name)
+
+
+def _decoded(member: zipfile.ZipInfo) -> str:
+    """Info-ZIP and macOS write UTF-8 without the flag that says so, which zipfile reads as code page 437."""
+    name = member.orig_filename
+    if member.flag_bits & 0x800:
+        return name
+    try:
+        return name.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return name
 
 
 def _judge(member: zipfile.ZipInfo, name: str, origin: str) -> None:

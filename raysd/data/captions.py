@@ -37,10 +37,12 @@ def captions(files: Sequence[File], pictures: Sequence[File]) -> dict[str, str]:
     names = {_key(picture.name): picture.name for picture in pictures}
     found: dict[str, Said] = {}
     for name, said in (*_beside(files, names), *_tables(files, names)):
+        if not said.caption:
+            continue
         earlier = found.setdefault(name, said)
         if earlier.caption != said.caption:
             raise DataError(f"{shown(name)}: two captions, in {earlier.where} and in {said.where}; keep one of them")
-    return {name: said.caption for name, said in found.items() if said.caption}
+    return {name: said.caption for name, said in found.items()}
 
 
 def _key(name: str) -> str:

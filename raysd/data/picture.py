@@ -1,5 +1,6 @@
 """One picture: from bytes that nobody vouches for to upright RGB."""
 
+import hashlib
 import io
 import threading
 import warnings
@@ -33,13 +34,16 @@ class Decoded(NamedTuple):
     size: tuple[int, int]
 
 
-def read_picture(path: str, limit_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_picture(path: str, limit_pixels: int = MAX_PIXELS, digest: str | None = None) -> Image.Image:
     """The picture at a local path or fsspec URL as RGB: upright, alpha flattened on white, CMYK converted.
 
-    Raises DataError naming the path where it is no JPEG, PNG or WebP, is damaged, or has more than `limit_pixels`.
+    Raises DataError naming the path where it is no JPEG, PNG or WebP, is damaged, has more than `limit_pixels`, or is
+    not the file of this sha256.
     """
     body = read_bytes(path, MAX_BYTES)
     try:
+        if digest is not None and hashlib.sha256(body).hexdigest() != digest:
+            raise DataError("changed since the run began; put it back, or start a new run")
         return decode(body, limit_pixels).picture
     except DataError as error:
         end = path if len(path) <= 80 else "…" + path[-79:]  # the file's name says more than where the folder lies

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raysd import __version__
+from raysd import revision
 from raysd.config import EvaluationSpec, load
 from raysd.data.dataset import Dataset, prepare
 from raysd.errors import RequestError
@@ -83,7 +83,7 @@ class _Work:
         return Evaluation(
             key=self._key(located),
             created=timestamp(),
-            code=__version__,
+            code=revision.code(),
             spec=self.spec.model_dump(mode="json"),
             features=self.by.features,
             matcher=self.by.matcher,

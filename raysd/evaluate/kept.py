@@ -5,9 +5,10 @@ evaluations/<model>/<album>/pictures/00000.png    see `pictures`
 """
 
 import json
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-from raysd.registry import Version
+from raysd.registry import Registry, Version
 from raysd.storage import Storage
 
 ROOT = "evaluations"
@@ -18,6 +19,27 @@ def of_version(version: Version, storage: Storage) -> list[dict[str, Any]]:
     folder = f"{ROOT}/{version.digest[:32]}"
     paths = [entry.path for entry in storage.list(folder) if entry.path.endswith(".json")]
     return sorted((_summary(json.loads(storage.read(path))) for path in paths), key=lambda row: str(row["created"]))
+
+
+class Kept(NamedTuple):
+    """Pictures that a version drew, and their folder in the storage."""
+
+    ref: str
+    album: str
+
+
+def other_versions(shown: Iterable[Kept], storage: Storage, most: int = 4) -> list[Kept]:
+    """The newest other versions of the first one's model that drew the same prompts with the same seeds, oldest first."""
+    shown = list(shown)
+    model, _, number = shown[0].ref.partition("@")
+    if not number:
+        return []
+    registry, name = Registry(storage), shown[0].album.rpartition("/")[2]
+    numbers = next((one.versions for one in registry.models() if one.name == model), [])
+    refs = [f"{model}@{number}" for number in sorted(numbers) if f"{model}@{number}" not in {one.ref for one in shown}]
+    versions = [registry.resolve(ref, withdrawn_ok=True) for ref in refs]
+    found = [Kept(version.ref, f"{ROOT}/{version.digest[:32]}/{name}") for version in versions]
+    return [one for one in found if storage.exists(f"{one.album}/pictures/00000.png")][-most:]
 
 
 def _summary(body: dict[str, Any]) -> dict[str, Any]:

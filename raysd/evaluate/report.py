@@ -21,6 +21,7 @@ from raysd.data.words import shown
 from raysd.errors import DataError, NotFound
 from raysd.evaluate.intervals import Interval
 from raysd.evaluate.judging import Score
+from raysd.evaluate.kept import Kept, other_versions
 from raysd.evaluate.records import Evaluation, Judged
 from raysd.plots import Mark, intervals, lines
 from raysd.storage import Storage
@@ -61,10 +62,14 @@ def table(evaluation: Evaluation) -> RenderableType:
 
 
 def page(evaluation: Evaluation, storage: Storage, out: Path, training: Training | None = None) -> None:
-    """Write the evaluation as one HTML file: no scripts, nothing fetched, foreign text escaped."""
+    """Write the evaluation as one HTML file: no scripts, nothing fetched, foreign text escaped.
+
+    Beside the models' pictures are those of other versions that were evaluated with the same prompts and seeds.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     models = [evaluation.model, *([evaluation.against] if evaluation.against else [])]
+    compared = [Kept(model.ref, model.album) for model in models]
     html = template.render(
         evaluation=evaluation,
         models=models,
@@ -72,7 +77,7 @@ def page(evaluation: Evaluation, storage: Storage, out: Path, training: Training
         remark=_remark,
         sentences=[_sentence(score) for score in evaluation.differences],
         charts=list(_charts(models)),
-        sheet=_sheet(evaluation, models, storage),
+        sheet=_sheet(evaluation, [*other_versions(compared, storage), *reversed(compared)], storage),
         nearest=_nearest(evaluation.model, storage),
         training=None if training is None else _training_part(training),
         spec=json.dumps(evaluation.spec, indent=2, ensure_ascii=False),
@@ -160,14 +165,13 @@ def _loss_marks(model: Judged) -> Iterator[Mark]:
             yield Mark(f"{model.ref}, {split}, {name}", band.value, band.low, band.high, kind)
 
 
-def _sheet(evaluation: Evaluation, models: Sequence[Judged], storage: Storage) -> list[dict[str, Any]]:
-    """Prompt by prompt, the same seed by each model; before is the model compared with."""
+def _sheet(evaluation: Evaluation, order: Sequence[Kept], storage: Storage) -> list[dict[str, Any]]:
+    """Prompt by prompt, the same seed by each version, before and after last."""
     count = min(len(evaluation.prompts), int(evaluation.spec["count"]), MOST_PROMPTS)
-    order = list(reversed(models))
     return [
         {
             "prompt": evaluation.prompts[number].text,
-            "pictures": [(model.ref, _drawn(storage, model, number)) for model in order],
+            "pictures": [(kept.ref, _drawn(storage, kept.album, number)) for kept in order],
         }
         for number in range(count)
     ]
@@ -176,7 +180,7 @@ def _sheet(evaluation: Evaluation, models: Sequence[Judged], storage: Storage) -
 def _nearest(model: Judged, storage: Storage) -> list[dict[str, Any]]:
     return [
         {
-            "drawn": _drawn(storage, model, found.picture),
+            "drawn": _drawn(storage, model.album, found.picture),
             "training": _training_picture(found.path),
             "name": found.name,
             "similarity": f"{found.similarity:.3f}",
@@ -185,9 +189,9 @@ def _nearest(model: Judged, storage: Storage) -> list[dict[str, Any]]:
     ]
 
 
-def _drawn(storage: Storage, model: Judged, number: int) -> str:
+def _drawn(storage: Storage, album: str, number: int) -> str:
     try:
-        body = storage.read(f"{model.album}/pictures/{number:05}.png")
+        body = storage.read(f"{album}/pictures/{number:05}.png")
     except NotFound:
         return ""
     return _url(Image.open(io.BytesIO(body)).convert("RGB"))

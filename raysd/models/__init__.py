@@ -8,6 +8,8 @@ from raysd.models.base import Family, NoiseSchedule
 from raysd.models.sd import StableDiffusion
 
 FAMILIES: dict[str, Family] = {"sd": StableDiffusion()}
+BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components of a pipeline that neither train nor draw."""
 
 
 def family_of(folder: Path) -> Family:
@@ -22,4 +24,4 @@ def family_of(folder: Path) -> Family:
     raise RequestError(f"{folder}: {pipeline} is not supported; supported families: {', '.join(FAMILIES)}")
 
 
-__all__ = ["FAMILIES", "Family", "NoiseSchedule", "family_of"]
+__all__ = ["BESIDE", "FAMILIES", "Family", "NoiseSchedule", "family_of"]

@@ -29,18 +29,20 @@ class StableDiffusion:
     def denoiser(self, folder: Path) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
-        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+        return UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32, use_safetensors=True)
 
     def autoencoder(self, folder: Path) -> nn.Module:
         from diffusers import AutoencoderKL
 
-        model = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32)
+        model = AutoencoderKL.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
         return model.requires_grad_(False).eval()
 
     def text_encoder(self, folder: Path) -> nn.Module:
         from transformers import CLIPTextModel
 
-        return CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32)
+        return CLIPTextModel.from_pretrained(
+            folder, subfolder="text_encoder", dtype=torch.float32, use_safetensors=True
+        )
 
     def blank_denoiser(self, folder: Path) -> nn.Module:
         from diffusers import UNet2DConditionModel
@@ -113,7 +115,7 @@ class StableDiffusion:
         from diffusers import StableDiffusionPipeline
 
         extra = {"safety_checker": None, "requires_safety_checker": False, **components}
-        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **extra)
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **extra)
         if lora is not None:
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
         pipeline.set_progress_bar_config(disable=True)

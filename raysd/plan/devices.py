@@ -1,6 +1,7 @@
 """The table of devices: what they hold, how fast they are and what they cost. It ships as devices.toml; users override it."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,7 +46,7 @@ class Device(Spec):
 
     def is_named(self, name: str) -> bool:
         """Whether torch's name for a device ("NVIDIA A100-SXM4-80GB", "cpu") means this one."""
-        return bool(self.names) and all(word in name for word in self.names)
+        return bool(self.names) and all(re.search(rf"\b{re.escape(word)}\b", name) for word in self.names)
 
 
 def devices() -> dict[str, Device]:

@@ -6,7 +6,7 @@ models/<model>/traffic.json is one object, changed by compare-and-swap, with eve
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from raysd.errors import IntegrityError, NotFound, RequestError, Stale
@@ -50,6 +50,14 @@ class Traffic:
 def read(storage: Storage, model: str) -> Traffic:
     """The split as it stands; no shares where none was made. Raises IntegrityError."""
     return _read(storage, model)[0]
+
+
+def in_use(storage: Storage, model: str) -> Traffic:
+    """The split without versions that were withdrawn since: nothing goes to those."""
+    now = read(storage, model)
+    left = {number for number in {*now.shares, *now.shadow} if not load(storage, model, number).withdrawn}
+    shares, shadow = ({n: share for n, share in part.items() if n in left} for part in (now.shares, now.shadow))
+    return replace(now, shares=shares, shadow=shadow)
 
 
 def change(storage: Storage, model: str, shares: Mapping[int, float], shadow: Mapping[int, float]) -> Traffic:

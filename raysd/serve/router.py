@@ -19,7 +19,7 @@ from typing import Any
 from raysd.errors import NotFound, RaysdError
 from raysd.feedback.generations import Generations
 from raysd.serve import tracing
-from raysd.serve.http.desk import Ask, Busy, Ended, Event, Preview, Served
+from raysd.serve.http.desk import UPLOADS_KEPT, Ask, Busy, Ended, Event, Preview, Served
 from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import NewPrediction, Prediction
 from raysd.serve.queue import Queue
@@ -38,8 +38,6 @@ COUNT_AGAIN = 0.1
 TIDY = 3600.0
 """Seconds between removals of what is kept no longer."""
 UPLOADS = "uploads"
-UPLOADS_KEPT = 7 * 86400.0
-"""Seconds for which pictures that were sent in are kept."""
 CALL_AGAIN = 2.0
 """Seconds before a replica is called again for a prediction whose replica was lost, or that none had room for."""
 
@@ -117,6 +115,8 @@ class Router:
 
     async def submit(self, ask: Ask) -> Prediction:
         target, shadows = await asyncio.to_thread(self.routes.choose, ask)
+        if ask.idempotency_key is None:  # else it may have been drawn long ago
+            await asyncio.to_thread(self._find_uploads, ask)
         await self._refuse_too_many(ask.model, target)
         with tracing.span("accept", {"raysd.model": ask.model, "raysd.version": target.ref}):
             prediction, fresh = await self._written(self._new(ask, target))
@@ -158,8 +158,9 @@ class Router:
 
     async def cancel(self, id: str) -> Prediction:
         prediction = await asyncio.to_thread(self.queue.cancel, id)
-        if not prediction.ended:  # its replica learns it within seconds anyway
-            self._replicas[prediction.model].cancel.remote(id)
+        replica = self._replicas.get(prediction.model)  # another service's model, or a former one, has none here
+        if not prediction.ended and replica is not None:  # it learns it within seconds anyway
+            replica.cancel.remote(id)
         return prediction
 
     async def read(self, path: str) -> bytes:
@@ -169,6 +170,15 @@ class Router:
         sha256 = hashlib.sha256(png).hexdigest()
         await asyncio.to_thread(self.storage.write, f"{UPLOADS}/{sha256}.png", png)
         return sha256
+
+    def _find_uploads(self, ask: Ask) -> None:
+        """Raises NotFound where a picture to start from is not here, or no longer."""
+        for field in ("image", "mask"):
+            sha256 = getattr(ask.drawing, field)
+            if sha256 is not None and not self.storage.exists(f"{UPLOADS}/{sha256}.png"):
+                raise NotFound(
+                    f"{field}: no such upload, or it was removed after {UPLOADS_KEPT // 86400:.0f} days: send it again"
+                )
 
     async def _refuse_too_many(self, model: str, target: Target) -> None:
         """Raises Busy where as many wait for the model as may."""

@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from raysd.config.serving import ModelSpec
@@ -51,7 +51,7 @@ class Routes:
         self.on_change: Callable[[Target], None] = lambda target: None
         """Told of each version that comes into use, from the thread that looks."""
         self._routes = {name: self._look(model) for name, model in self._models.items()}
-        self._withdrawn: dict[str, str] = {}  # by served name, why nothing draws it
+        self._withdrawn: dict[str, Served] = {}  # by served name, what it was and why nothing draws it
         self._stop = threading.Event()
         threading.Thread(target=self._refresh, name="routes", daemon=True).start()
 
@@ -59,8 +59,9 @@ class Routes:
         self._stop.set()
 
     def served(self) -> list[Served]:
-        """Every model with its versions, the largest share first."""
-        return [_served(name, route) for name, route in self._routes.items()]
+        """Every model with its versions, the largest share first; one that was withdrawn with the reason."""
+        routes, withdrawn = self._routes, self._withdrawn
+        return [_served(name, routes[name]) if name in routes else withdrawn[name] for name in self._models]
 
     def targets(self) -> list[Target]:
         """Every version that is in use."""
@@ -72,14 +73,15 @@ class Routes:
         Raises NotFound for a model, version or LoRA that is not served, RequestError for one that does not fit.
         """
         route = self._routes.get(ask.model)
-        if route is None and (reason := self._withdrawn.get(ask.model)):
-            raise NotFound(f"model: {ask.model} is not served now: {reason}")
+        if route is None and (gone := self._withdrawn.get(ask.model)):
+            raise NotFound(f"model: {ask.model} is not served now: {gone.withdrawn}")
         if route is None:
             raise NotFound(f"model: no {ask.model} is served; served here: {', '.join(sorted(self._routes))}")
+        named = self._named(route, ask.version) if ask.version is not None else None
         if ask.lora is not None:
-            return self._lora(route, ask.lora), []
-        if ask.version is not None:
-            return self._named(route, ask.version), []
+            return self._lora(route, ask.lora, named or route.deployed), []
+        if named is not None:
+            return named, []
         sticky = ask.user or ask.idempotency_key or secrets.token_hex(8)
         number = route.split.version(sticky)
         shadows = [route.versions[n] for n in route.split.shadows(sticky) if n in route.versions]
@@ -92,21 +94,24 @@ class Routes:
         model = route.spec.served_name
         try:
             found = self.registry.resolve(version)
+        except StorageError:
+            raise
         except RaysdError:
             raise NotFound(f"version: {model} has no version {version[:80]}") from None
         if found.model != parse(route.spec.ref).model:
             raise NotFound(f"version: {found.ref} is not a version of {model}")
         return Target(found.ref, found.digest)
 
-    def _lora(self, route: Route, ref: str) -> Target:
-        """A LoRA version of the served base. Raises NotFound, RequestError."""
+    def _lora(self, route: Route, ref: str, of: Target) -> Target:
+        """A LoRA version over the base of the version `of`. Raises NotFound, RequestError."""
         if not route.spec.loras:
             raise RequestError(f"lora: {route.spec.served_name} is served without LoRA versions")
         version = self.registry.resolve(ref)
         if not _is_lora(version):
             raise RequestError(f"lora: {version.ref} is a whole model; ask for it as model")
-        if version.record.get("base_digest") != route.base:
-            raise RequestError(f"lora: {version.ref} was trained on another base than {route.spec.served_name}'s")
+        base = route.base if of == route.deployed else self._base(self.registry.resolve(of.ref))
+        if version.record.get("base_digest") != base:
+            raise RequestError(f"lora: {version.ref} was trained on another base than {of.ref}'s")
         return Target(version.ref, version.digest)
 
     def _refresh(self) -> None:
@@ -125,7 +130,7 @@ class Routes:
             if reason is None:
                 raise
             log.warning("%s: %s", name, error)
-            self._withdrawn = self._withdrawn | {name: reason}
+            self._withdrawn = self._withdrawn | {name: replace(_served(name, self._routes[name]), withdrawn=reason)}
             self._routes = {other: route for other, route in self._routes.items() if other != name}
             return
         known, self._routes = self.targets(), self._routes | {name: route}

@@ -228,6 +228,9 @@ def _lcm(config: dict[str, Any], steps: int, begin: int) -> Timetable:
     """Multistep consistency sampling (Luo et al. 2023, algorithm 3)."""
     from diffusers import LCMScheduler
 
+    most = int(config.get("original_inference_steps", LCM_STEPS))
+    if steps > most:
+        raise RequestError(f"steps: at most {most} with sampler lcm")
     scheduler = _scheduler(LCMScheduler, config, steps)
     times = [int(t) for t in scheduler.timesteps]
     alphas = [float(a) for a in scheduler.alphas_cumprod]
@@ -252,6 +255,8 @@ SAMPLERS: dict[str, Callable[[dict[str, Any], int, int], Timetable]] = {
     "lcm": _lcm,
 }
 
+LCM_STEPS = 50
+"""Those that a consistency model was distilled with, where its configuration does not say."""
 _NOTHING = (0.0,) * (KNOWN - 1)
 
 

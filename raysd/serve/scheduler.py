@@ -218,7 +218,7 @@ class Scheduler:
             batch[0].predictor.advance([picture.started for picture in batch], batch[0].adapter)
         except torch.OutOfMemoryError:
             if len(batch) > 1:
-                self.rows = max(2, sum(picture.started.rows for picture in batch) // 2)
+                self.rows = max(1, sum(picture.started.rows for picture in batch) // 2)
                 log.warning("out of memory with %d pictures: %d rows from now on", len(batch), self.rows)
                 return False
             self._end(batch[0], OutOfMemory("one picture of this size does not fit: ask for a smaller one"))
@@ -242,33 +242,30 @@ class Scheduler:
             self._end(picture, FloatingPointError("the model drew numbers that are none (NaN)"))
             done.remove(picture)
         for part in _parts(done, max(1, self.rows // 2)):
-            for picture, image in zip(part, self._decoded(part, done=True), strict=False):
+            for picture, image in zip(part, self._decoded(part, done=True), strict=True):
                 self._end(picture, image)
         due = [picture for picture in batch if not picture.started.done and picture.started.step in picture.previews]
         for part in _parts(due, max(1, self.rows // 2)):
-            for picture, image in zip(part, self._decoded(part, done=False), strict=False):
-                assert picture.preview is not None
+            for picture, image in zip(part, self._decoded(part, done=False), strict=True):
+                if picture.preview is None or isinstance(image, Exception):
+                    continue
                 with suppress(Exception):  # whoever looks on does not disturb
                     picture.preview(picture.previews[picture.started.step], image)
 
-    def _decoded(self, pictures: Sequence[Picture], done: bool) -> list[Image.Image]:
+    def _decoded(self, pictures: Sequence[Picture], done: bool) -> list[Image.Image | Exception]:
+        """Of each picture its pixels, or why there are none."""
         latents = [picture.started.latents if done else picture.started.clean for picture in pictures]
         began = time.monotonic()
         try:
             images = pictures[0].predictor.pictures(latents)
             for trail in [picture.trail for picture in pictures if done and picture.trail]:
                 trail.decoded(time.monotonic() - began)
-            return images
+            return list(images)
         except Exception as error:
             if isinstance(error, FloatingPointError) and len(pictures) > 1:  # find out whose it is
-                for picture in pictures:
-                    for image in self._decoded([picture], done):
-                        self._end(picture, image)
-                return []
+                return [image for picture in pictures for image in self._decoded([picture], done)]
             log.exception("decoding failed")
-            for picture in pictures if done else ():
-                self._end(picture, error)
-            return []
+            return [error] * len(pictures)
 
     def _end(self, picture: Picture, result: Any) -> None:
         with self._changed:

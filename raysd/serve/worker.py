@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind
 from PIL import Image
 
 from raysd.draw import metadata
-from raysd.errors import RaysdError, StorageError
+from raysd.errors import NotFound, RaysdError, StorageError
 from raysd.feedback.generations import FOLDER
 from raysd.serve import tracing
 from raysd.serve.drawing import Drawing
@@ -199,7 +199,10 @@ class Worker:
     def _upload(self, sha256: str | None) -> bytes | None:
         if sha256 is None:
             return None
-        data = self.storage.read(f"uploads/{sha256}.png")
+        try:
+            data = self.storage.read(f"uploads/{sha256}.png")
+        except NotFound:
+            raise RaysdError("the uploaded picture is no longer here: send it again") from None
         if hashlib.sha256(data).hexdigest() != sha256:
             raise RaysdError("the uploaded picture is damaged in the store: send it again")
         return data

@@ -60,7 +60,16 @@ class Checkpoint:
 def complete(run: Storage) -> list[Checkpoint]:
     """The complete checkpoints of a run, oldest first."""
     found = [entry.path for entry in run.list("checkpoints") if entry.path.endswith(MANIFEST)]
-    return sorted((_read(run, path) for path in found), key=lambda checkpoint: (checkpoint.step, checkpoint.folder))
+    there = (_read_if_there(run, path) for path in found)
+    return sorted((one for one in there if one is not None), key=lambda one: (one.step, one.folder))
+
+
+def _read_if_there(run: Storage, path: str) -> Checkpoint | None:
+    """None for one that the run has pruned meanwhile."""
+    try:
+        return _read(run, path)
+    except NotFound:
+        return None
 
 
 def latest(run: Storage) -> Checkpoint | None:

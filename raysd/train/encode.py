@@ -13,12 +13,16 @@ from raysd.data.augment import apply, variant
 from raysd.data.cache import TensorCache, evict
 from raysd.data.source import read_picture
 from raysd.errors import TrainingFailed
+from raysd.quiet import import_quickly
 from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train.plan import Plan, captions
 
 MANY = 300
-"""More rows than this are encoded by Ray Data."""
+MANY_ALONE = 10_000
+"""More rows than this are encoded by Ray Data; the second on a lone machine of few CPUs, which one process keeps busy:
+encoders of their own take some 20 s to start there."""
+FEW_CPUS = 8
 PIXELS_A_CALL = 2**20
 """Pixels in one forward pass of the autoencoder."""
 ROWS_A_SHARD = 256
@@ -34,6 +38,7 @@ class PictureEncoder:
     """Rows {key, path, example, variant} -> latent moments in the cache. One autoencoder a process."""
 
     def __init__(self, root: str, base: str, space: str, spec: TrainingSpec):
+        import_quickly()
         storage = Storage(root)
         located = locate(base, storage)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,13 +72,15 @@ class PictureEncoder:
     def _pixels(self, rows: Rows, n: int) -> torch.Tensor:
         augment: AugmentSpec = self.augment
         chosen = variant(augment, str(rows["example"][n]), int(rows["variant"][n]), self.spec.seed)
-        return apply(read_picture(str(rows["path"][n])), chosen, self.spec.data.resolution)
+        picture = read_picture(str(rows["path"][n]), digest=str(rows["example"][n]))
+        return apply(picture, chosen, self.spec.data.resolution)
 
 
 class CaptionEncoder:
     """Rows {key, caption} -> text embeddings in the cache. One text encoder a process."""
 
     def __init__(self, root: str, base: str, space: str, spec: TrainingSpec):
+        import_quickly()
         storage = Storage(root)
         located = locate(base, storage)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +124,9 @@ def fill_text(plan: Plan, storage: Storage, spec: TrainingSpec, progress: Progre
     """Encode the captions that the cache lacks. Returns how many there were."""
     cache = TensorCache(storage.child(plan.text)).refresh()
     wanted = captions(plan)
-    rows = [{"key": key, "caption": wanted[key]} for key in cache.missing(wanted)]
+    absent = cache.missing(wanted)
+    cache.keep_alive(wanted.keys() - set(absent))
+    rows = [{"key": key, "caption": wanted[key]} for key in absent]
     _encode(CaptionEncoder, (storage.url, spec.base, plan.text, spec), rows, "encode captions", progress)
     return len(rows)
 
@@ -127,7 +136,7 @@ def _encode(
 ) -> None:
     if not rows:
         return
-    done = _here if len(rows) <= MANY and not _gpus_elsewhere() else _by_ray_data
+    done = _here if len(rows) <= _most_here() and not _gpus_elsewhere() else _by_ray_data
     count = 0
     progress(what, 0, len(rows))
     for written in done(encoder, arguments, rows):
@@ -163,6 +172,15 @@ def _by_ray_data(encoder: type[Any], arguments: tuple[Any, ...], rows: Sequence[
     )
     for batch in data.iter_batches(batch_size=None):
         yield len(batch["key"])
+
+
+def _most_here() -> int:
+    """Rows that this process encodes itself."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+    alone = len(nodes) == 1 and not torch.cuda.is_available() and nodes[0]["Resources"].get("CPU", 0) <= FEW_CPUS
+    return MANY_ALONE if alone else MANY
 
 
 def _gpus_elsewhere() -> bool:

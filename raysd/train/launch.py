@@ -23,7 +23,7 @@ from raysd.train.checkpoint import Progress
 from raysd.train.encode import fill_latents, fill_text, is_filled
 from raysd.train.follow import Follower
 from raysd.train.link import Link
-from raysd.train.plan import Plan, make_plan, total_steps
+from raysd.train.plan import Plan, base_of, make_plan, total_steps
 from raysd.train.publish import publish
 from raysd.train.runs import LEASE, RunRecord
 from raysd.train.track import Trackers
@@ -63,7 +63,8 @@ def train(
     """
     run = runs.storage_of(root, name)
     existing = _existing(root, name, spec)
-    located = locate(spec.base, root)
+    known = Plan.load(run) if existing else plan
+    located = locate(base_of(spec, known), root)
     new_plan = None if existing else plan or plan_for(spec, root, located, watch)
     root.require_swap()
     launch = Launch(spec, name, root, run, located, watch, asked)
@@ -100,6 +101,8 @@ class Launch:
     ):
         self.spec, self.name, self.root, self.run, self.located, self.watch = spec, name, root, run, located, watch
         self.asked = asked
+        # Workers run in folders of their own, and an alias may move: they are told what the base is, not how it was named.
+        self.pinned = spec.model_copy(update={"base": located.ref})
         self.lost: str | None = None
         self.link: Any = None
 
@@ -135,7 +138,7 @@ class Launch:
         plan = Plan.load(self.run)
         if identity(self.located.folder) != plan.base_digest:
             raise RequestError(
-                f"base {self.spec.base} is not the model this run began with; put it back or start a new run"
+                f"base {self.located.ref} is not the model this run began with; put it back or start a new run"
             )
         return plan
 
@@ -146,11 +149,11 @@ class Launch:
             threading.Thread(target=self.located.family.import_libraries, daemon=True).start()
         cluster.join(self.spec.scale.most_workers)
         _tell(self.watch, check_fit(self.spec, self.located.folder))
-        fill_caches(plan, self.root, self.spec, self.watch)
+        fill_caches(plan, self.root, self.pinned, self.watch)
         self.held.check()  # until now there was nobody to stop
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
         self.link = Link.remote()  # type: ignore[attr-defined]
-        trackers = Trackers(self.run, self.name, self.spec)
+        trackers = Trackers(self.run, self.name, self.spec, lambda text: _tell(self.watch, text))
         follower = Follower(self.run, self.link, trackers, self.watch, self._stop)
         try:
             with _on_signals(self._interrupt):
@@ -161,7 +164,7 @@ class Launch:
 
     def _job(self, total: int) -> Job:
         notices = os.environ.get(PREEMPTION_WATCHER) != "0"
-        return Job(self.root.url, self.name, self.held.token, total, self.spec, self.link, notices)
+        return Job(self.root.url, self.name, self.held.token, total, self.pinned, self.link, notices)
 
     def _fit(self, job: Job) -> BaseException | None:
         """Run the Ray Train controller in a thread, so that this one hears signals. Returns what it raised."""
@@ -243,7 +246,7 @@ def _tell(watch: Watch, warning: str | None) -> None:
 
 
 def fill_caches(plan: Plan, root: Storage, spec: TrainingSpec, watch: Watch) -> None:
-    """Compute the latents and text embeddings that the caches lack. Needs a cluster joined."""
+    """Compute the latents and text embeddings that the caches lack. Needs a cluster joined, and a base that it can find."""
 
     def count(what: str, done: int, of: int) -> None:
         watch({"kind": "count", "text": what, "done": done, "of": of})

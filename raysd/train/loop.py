@@ -3,6 +3,7 @@
 What happens between two records (validation, checkpoints, early stopping, reports) is its caller's.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def training_steps(
         # All ranks agree on the loss and on what they were asked for: one small all-reduce a step.
         loss_sum, agreed, seconds = _agree(engine, local, votes(), own)
         mean = loss_sum / spec.optim.batch_size
-        if not torch.isfinite(torch.tensor(mean)):
+        if not math.isfinite(mean):
             raise TrainingFailed(f"step {step + 1}: the loss is {mean}; {ADVICE}")
         yield StepRecord(step + 1, mean, rate, norm, batches.sampler.epoch_of(step + 1), agreed, seconds)
 

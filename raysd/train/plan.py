@@ -6,6 +6,7 @@ It freezes the data of a run: a resume trains on the same pictures whatever happ
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from raysd.config.training import TrainingSpec
@@ -30,6 +31,8 @@ class Plan:
     text: str
     data_digest: str
     base_digest: str
+    base: str = ""
+    """What `spec.base` meant when the plan was made, as a version's number: an alias may have moved since."""
 
     def save(self, run: Storage) -> None:
         run.write(FILE, json.dumps(asdict(self)).encode())
@@ -56,7 +59,13 @@ def make_plan(dataset: Dataset, located: Located, spec: TrainingSpec) -> Plan:
         text=f"cache/text/{identity(folder, 'text_encoder', 'tokenizer')[:16]}-fp32",
         data_digest=dataset.digest,
         base_digest=identity(folder),
+        base=located.ref,
     )
+
+
+def base_of(spec: TrainingSpec, plan: Plan | None) -> str:
+    """The reference of a run's base: the plan's where there is one, but that files may lie elsewhere by now."""
+    return plan.base if plan is not None and plan.base and not Path(plan.base).is_absolute() else spec.base
 
 
 def total_steps(spec: TrainingSpec, pictures: int) -> int:

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from raysd import __version__
+from raysd import revision
 from raysd.config import TrainingSpec
 from raysd.methods import METHODS
 from raysd.references import Located
@@ -39,7 +39,7 @@ def publish(
         files = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*")) if path.is_file()}
         lineage = {**_lineage(record, chosen, located, plan), **(origin or {})}
         version = registry.publish(spec.publish.model, files, lineage, key=record.id)
-    if spec.publish.alias is not None:
+    if spec.publish.alias is not None and record.version != version.ref:  # once: it may have been moved since
         registry.alias(version, spec.publish.alias)
     return version
 
@@ -74,5 +74,5 @@ def _lineage(record: RunRecord, chosen: Checkpoint, located: Located, plan: Plan
         "run": {"name": record.name, "id": record.id, "step": chosen.step},
         "spec": record.spec,
         "metrics": {"base_validation_loss": chosen.progress.base_loss, "validation_loss": chosen.progress.last},
-        "code": __version__,
+        "code": revision.code(),
     }

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from raysd import __version__
+from raysd import revision
 from raysd.config import TrainingSpec, load
 from raysd.errors import LeaseHeld, NotFound, RequestError
 from raysd.lease import holder
@@ -39,7 +39,7 @@ class RunRecord:
     loss: float | None = None  # validation loss of what is published
     version: str | None = None
     error: str | None = None
-    code: str = __version__
+    code: str = field(default_factory=revision.code)
 
     def training_spec(self) -> TrainingSpec:
         return load(TrainingSpec, self.spec, self.name)

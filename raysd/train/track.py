@@ -1,7 +1,7 @@
 """Where step metrics go besides metrics.jsonl: TensorBoard files, MLflow, Weights & Biases, Prometheus."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +90,9 @@ class Prometheus:
 class Trackers:
     """All trackers that a spec asks for, as one."""
 
-    def __init__(self, run: Storage, name: str, spec: TrainingSpec):
+    def __init__(self, run: Storage, name: str, spec: TrainingSpec, tell: Callable[[str], None]):
+        self.tell = tell
+        self.failed: set[str] = set()
         self.trackers: list[Tracker] = [Prometheus(name)]
         if spec.track.tensorboard:
             self.trackers.append(TensorBoard(run))
@@ -101,11 +103,21 @@ class Trackers:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self.trackers:
-            tracker.log(step, values)
+            self._try(tracker, lambda tracker=tracker: tracker.log(step, values))  # type: ignore[misc]
 
     def close(self) -> None:
         for tracker in self.trackers:
-            tracker.close()
+            self._try(tracker, tracker.close)
+
+    def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
+        """A run does not end because a tracker has a bad minute; each says so once."""
+        try:
+            act()
+        except Exception as error:
+            name = type(tracker).__name__
+            if name not in self.failed:
+                self.failed.add(name)
+                self.tell(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0][:200]}")
 
 
 def _require(module: str) -> Any:

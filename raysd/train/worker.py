@@ -1,6 +1,7 @@
 """What each Ray Train worker runs: build, resume, step, validate, checkpoint."""
 
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import nn
 from raysd.config import TrainingSpec
 from raysd.data.cache import TensorCache
 from raysd.data.sampler import Sampler
-from raysd.errors import OutOfMemory, RaysdError
+from raysd.errors import OutOfMemory, RaysdError, TrainingFailed
 from raysd.lease import check_fence
 from raysd.methods import METHODS
 from raysd.quiet import import_quickly
@@ -29,7 +30,7 @@ from raysd.train.ema import Ema
 from raysd.train.engine import Engine, build_engine
 from raysd.train.hang import HangWatch
 from raysd.train.link import Reporter
-from raysd.train.loop import StepRecord, Votes, training_steps
+from raysd.train.loop import ADVICE, StepRecord, Votes, training_steps
 from raysd.train.plan import Plan, captions
 from raysd.train.profile import Profiler
 from raysd.train.runs import LEASE
@@ -116,7 +117,7 @@ class Worker:
         began = progress.step
         profiler = Profiler(self.store) if self.spec.track.profile and self.rank == 0 else None
         for record in self._steps(progress.step):
-            self._report("step", **_row(record))
+            self._report("step", **_row(record), workers=self.world)
             if profiler is not None:
                 profiler.step()
             progress = self._between(record, replace(progress, step=record.step))
@@ -124,7 +125,10 @@ class Worker:
                 self._finish_save()
             ends = record.votes.stop or self._early(progress) or record.step == self.job.total
             leaves = record.votes.look and self._notice()
-            due = self._due(self.spec.checkpoint.every, record.step) or progress.best_step == record.step
+            due = (
+                self._due(self.spec.checkpoint.interval(self.job.total), record.step)
+                or progress.best_step == record.step
+            )
             if ends or leaves or due:
                 self._save(progress)
             if ends or leaves:
@@ -220,6 +224,8 @@ class Worker:
 
         loss = self._with_average(measure)
         self.hang.beat()
+        if loss is not None and not math.isfinite(loss):  # the same on every rank
+            raise TrainingFailed(f"step {step}: the validation loss is {loss}; {ADVICE}")
         if loss is not None:
             self._report("validation", step=step, validation_loss=loss)
         return loss

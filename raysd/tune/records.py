@@ -1,6 +1,7 @@
 """What a search has tried: one JSON file a trial, under `searches/<name>/`."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -47,8 +48,8 @@ class TrialRecord:
     gpus: int = 0  # of all its workers together
 
     def best(self, metric: str) -> float | None:
-        """The best value reported; of seconds the last."""
-        values = [report[metric] for report in self.reports if metric in report]
+        """The best finite value reported; of seconds the last."""
+        values = [report[metric] for report in self.reports if metric in report and math.isfinite(report[metric])]
         if not values:
             return None
         return values[-1] if metric == "seconds" else min(values, key=lambda value: cost_of(metric, value))

@@ -20,13 +20,13 @@ from raysd.registry import Version
 from raysd.storage import Storage
 from raysd.train import runs
 from raysd.train.launch import Watch, fill_caches, plan_for, train
-from raysd.train.plan import Plan, total_steps
+from raysd.train.plan import Plan, base_of, total_steps
 from raysd.train.publish import publish
 from raysd.tune import records
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord
 from raysd.tune.scoring import prompts_of, reference
-from raysd.tune.space import check_choices, check_space, optuna_space, ray_space
+from raysd.tune.space import check_choices, check_space, grid_points, optuna_space, ray_space
 
 DRIVER_MEMORY = 400 * 2**20
 """Of a trial's own process, bytes: it asks for no CPU, so that its workers can have them all."""
@@ -60,14 +60,15 @@ def search(
     """
     store = records.storage_of(root, name)
     existing = _existing(root, name, spec, training)
+    if existing is not None and existing.status == "finished" and existing.versions and not retrain:
+        found = records.trials(store)
+        return Outcome(existing, found, records.front(found, spec.objective))
     check_space(spec, training)
     if spec.searcher.kind == "optuna":
         check_choices(spec)
-    plan = (
-        Plan.load(store.child(records.PLAN))
-        if existing
-        else plan_for(training, root, locate(training.base, root), watch)
-    )
+    known = Plan.load(store.child(records.PLAN)) if existing else None
+    located = locate(base_of(training, known), root)
+    plan = known or plan_for(training, root, located, watch)
     if not plan.validation and (spec.scheduler.kind != "none" or "validation_loss" in spec.objective):
         raise RequestError("data.validation: no picture is held out, and no trial could report validation_loss")
     prompts = prompts_of(spec, plan)
@@ -82,7 +83,8 @@ def search(
         if not existing:
             plan.save(store.child(records.PLAN))
         body = existing or SearchRecord(name, spec.model_dump(mode="json"), training.model_dump(mode="json"))
-        return Driver(spec, training, body, root, store, plan, prompts, room, watch, lost).run(retrain)
+        pinned = training.model_copy(update={"base": located.ref})
+        return Driver(spec, pinned, body, root, store, plan, prompts, room, watch, lost).run(retrain)
     finally:
         lease.release()
 
@@ -244,7 +246,7 @@ class Driver:
         metrics = list(spec.objective)
         one = {"metric": metrics[0], "mode": "min"} if len(metrics) == 1 else {}
         searcher: Any = None
-        samples = spec.trials
+        samples, points = spec.trials, None
         if spec.searcher.kind == "optuna":
             import optuna
             from ray.tune.search.optuna import OptunaSearch
@@ -256,11 +258,14 @@ class Driver:
             seed = spec.searcher.seed + len(tried)
             searcher = OptunaSearch(space=optuna_space(spec), seed=seed, points_to_evaluate=tried or None, **both)
         elif spec.searcher.kind == "grid":
-            samples = 1
+            points = grid_points(spec)
+            samples = len(points)
         if searcher is None:
             from ray.tune.search.basic_variant import BasicVariantGenerator
 
-            searcher = BasicVariantGenerator(random_state=spec.searcher.seed, max_concurrent=self.room.trials)
+            searcher = BasicVariantGenerator(
+                points_to_evaluate=points, random_state=spec.searcher.seed, max_concurrent=self.room.trials
+            )
         return tune.TuneConfig(
             search_alg=searcher,
             scheduler=_scheduler(spec, self._most_epochs()),
@@ -302,15 +307,18 @@ class Driver:
             record.training_spec(), {"publish.model": self._model(), "publish.alias": self.training.publish.alias}
         )
         origin = {"search": {"name": self.record.name, "trial": trial.key, "values": trial.values}}
-        located, plan = locate(spec.base, self.root), Plan.load(run)
+        plan = Plan.load(run)
+        located = locate(base_of(spec, plan), self.root)
         version: Version | None = publish(record, spec, self.root, run, located, plan, origin)
         return version.ref if version else None
 
     def _retrain(self, trial: TrialRecord) -> str:
         """Train the trial's settings on all pictures, for as many epochs as were best. Returns the run's name."""
         best = min(trial.reports, key=lambda report: report.get("validation_loss", -report["epoch"]))
-        values = {path: value for path, value in trial.values.items() if path != "optim.steps"}
-        changes = {**values, "data.validation": 0.0, "optim.epochs": best["epoch"], "validation.every": 0}
+        changes = {**trial.values, "data.validation": 0.0, "validation.every": 0}
+        if best["epoch"] > 0:  # else it never validated, and its own length is the best that is known
+            changes.pop("optim.steps", None)
+            changes["optim.epochs"] = best["epoch"]
         spec = override(self.training, {**changes, "publish.model": None, "publish.alias": None})
         name = f"{trial.run}-all"
         if not train(spec, name, self.root, self.watch).finished:

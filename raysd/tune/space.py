@@ -1,15 +1,20 @@
 """A search space in the words of Ray Tune and Optuna, and what is wrong with one, before anything starts."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
+from random import Random
 from typing import Any
 
 from raysd.config import SearchSpec, TrainingSpec, describe, override
 from raysd.config.search import Choice, Integer, LogUniform, Uniform
 from raysd.errors import RequestError, SpecError
 
-CHANGES_LOSS = ("base", "seed", "data.source", "data.prompt", "data.resolution", "data.validation", "loss.prediction")
+CHANGES_LOSS = (
+    *("base", "seed", "loss.prediction", "validation.timesteps", "data.source", "data.prompt", "data.resolution"),
+    *("data.validation", "data.duplicates", "data.blurry", "data.outliers"),
+)
 """What changes the held-out pictures or the meaning of their loss: values of it could not be compared."""
 
 
@@ -24,19 +29,27 @@ def short(value: Any) -> str:
 
 
 def ray_space(spec: SearchSpec) -> dict[str, Any]:
-    """For Ray Tune's own random and grid search."""
+    """For Ray Tune's own searcher."""
     from ray import tune
-
-    grid = spec.searcher.kind == "grid"
 
     def domain(found: Any) -> Any:
         if isinstance(found, Choice):
-            return tune.grid_search(list(found.values)) if grid else tune.choice(list(found.values))
+            return tune.choice(list(found.values))
         if isinstance(found, Integer):
             return tune.randint(found.low, found.high + 1)
         return (tune.loguniform if isinstance(found, LogUniform) else tune.uniform)(found.low, found.high)
 
     return {path: domain(found) for path, found in spec.space.items()}
+
+
+def grid_points(spec: SearchSpec) -> list[dict[str, Any]]:
+    """Every point of the grid, in an order by lot: successive halving judges a trial by those before it."""
+    points = [
+        dict(zip(spec.space, values, strict=True))
+        for values in itertools.product(*(list(found.values) for found in spec.space.values()))  # type: ignore[union-attr]
+    ]
+    Random(spec.searcher.seed).shuffle(points)
+    return points
 
 
 def optuna_space(spec: SearchSpec) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One trial: a whole run of `raysd.train`, seen by Ray Tune as a sequence of validations."""
 
+import math
 import os
 import queue
 import threading
@@ -11,12 +12,14 @@ from ray import tune
 
 from raysd.cluster import GROWS_TO
 from raysd.config import SearchSpec, TrainingSpec, override
+from raysd.errors import LeaseHeld
 from raysd.evaluate.prompts import Prompt
+from raysd.lease import holder
 from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train import runs
-from raysd.train.launch import train
-from raysd.train.plan import Plan
+from raysd.train.launch import Outcome, train
+from raysd.train.plan import Plan, base_of
 from raysd.tune import records
 from raysd.tune.records import TrialRecord, cost_of
 from raysd.tune.scoring import score, wanted
@@ -58,7 +61,8 @@ class SearchTrial(tune.Trainable):
     """Trains in a thread; each `step` waits for the next validation.
 
     A trial that was tried before (its record is whole) repeats its reports without training. One that was interrupted
-    repeats what it had reported and goes on from its run's last checkpoint.
+    repeats what it had reported and goes on from its run's last checkpoint. One whose settings another one is training
+    at this moment waits for it and repeats its reports.
     """
 
     def setup(self, config: dict[str, Any], job: Job | None = None) -> None:
@@ -77,9 +81,14 @@ class SearchTrial(tune.Trainable):
         while True:
             if self.past:
                 report = self.past.pop(0)
-                whole = not self.past and self.record.status in records.WHOLE
+                whole = not self.past and (self.twin or self.record.status in records.WHOLE)
                 return self._result(report, over=whole)
             kind, value = self.events.get()
+            if kind == "twin":
+                self._take_over(value)
+                if not value.reports:
+                    return self._result({"epoch": 0.0}, over=True)
+                continue
             if kind == "end":
                 return self._ended(value)
             if self._reported(value):
@@ -103,7 +112,7 @@ class SearchTrial(tune.Trainable):
         self.root = Storage(self.job.root)
         self.store = records.storage_of(self.root, self.job.search)
         self.events: queue.Queue[tuple[str, Any]] = queue.Queue()
-        self.asked, self.thread = threading.Event(), None
+        self.asked, self.thread, self.twin = threading.Event(), None, False
         key = key_of(values)
         self.spec = settings(self.job, values)
         workers = self.spec.scale.most_workers
@@ -123,17 +132,49 @@ class SearchTrial(tune.Trainable):
     def _train(self) -> None:
         plan = Plan.load(self.store.child(records.PLAN)) if self.job.shared_plan else None
         try:
-            outcome = train(self.spec, self.record.run, self.root, self._watch, plan, self.asked.is_set)
-            self.events.put(("end", self._scores() if outcome.finished else "interrupted"))
+            outcome = self._train_alone(plan)
+            if outcome is not None:
+                self.events.put(("end", self._scores() if outcome.finished else "interrupted"))
         except Exception as problem:  # whatever it is: `step` waits for an end
             self.events.put(("end", problem))
+
+    def _train_alone(self, plan: Plan | None) -> Outcome | None:
+        """None where another trial has these settings and came to an end: what it told is told again.
+
+        A lease whose holder has died with its node holds for a while, and then this trial goes on.
+        """
+        while True:
+            try:
+                return train(self.spec, self.record.run, self.root, self._watch, plan, self.asked.is_set)
+            except LeaseHeld:
+                self.twin = True
+            record = self._others_end()
+            if record.status in records.WHOLE or self.asked.is_set():
+                self.events.put(("twin", record))
+                return None
+            self.twin = False
+
+    def _take_over(self, record: TrialRecord) -> None:
+        """What the other one reported is what this one has to report."""
+        self.record, self.past = record, list(record.reports)
+
+    def _others_end(self) -> TrialRecord:
+        """The record of the trial with these settings that another process trains, once that has ended or stopped."""
+        run = runs.storage_of(self.root, self.record.run)
+        while not self.asked.wait(1.0):
+            record = records.read_trial(self.store, self.record.key)
+            training = holder(run, runs.LEASE)
+            if record is not None and (record.status in records.WHOLE or training is None or not training.alive):
+                return record
+        return self.record
 
     def _scores(self) -> dict[str, float]:
         """Of the pictures that the trained weights draw, where the objective asks for them."""
         if not wanted(self.job.spec):
             return {}
         run = runs.storage_of(self.root, self.record.run)
-        return score(self.job.spec, self.spec, locate(self.spec.base, self.root), run, self.job.prompts, self.job.real)
+        base = locate(base_of(self.spec, Plan.load(run)), self.root)
+        return score(self.job.spec, self.spec, base, run, self.job.prompts, self.job.real)
 
     def _watch(self, event: dict[str, Any]) -> None:
         if event["kind"] == "validation" and event["step"] > 0:
@@ -175,11 +216,13 @@ class SearchTrial(tune.Trainable):
         self.lowest = min(self.lowest, report.get("validation_loss", WORST))
         seen = {**report, "validation_loss": self.lowest}
         costs: dict[str, float] = {
-            metric: cost_of(metric, seen[metric]) if metric in seen and not failed else WORST
+            metric: cost_of(metric, seen[metric]) if not failed and math.isfinite(seen.get(metric, math.nan)) else WORST
             for metric in {"validation_loss", *self.job.spec.objective}
         }
         return {"epoch": report["epoch"], **costs, "done": over, OVER: over}
 
     def _write(self, **changes: Any) -> None:
+        if self.twin:  # the record is the other one's
+            return
         seconds = self.before + time.time() - self.began
         self.record = records.write_trial(self.store, replace(self.record, seconds=seconds, **changes))

@@ -28,7 +28,8 @@ def nodes(address):
     return int(found[0])
 
 
-def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tiny_pictures, tmp_path):
+@pytest.mark.measured
+def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tiny_pictures, tmp_path, found):
     # Long enough that one trial does not end before the other one's node is up.
     changes = {"data__validation": 0.3, "scale__cpus": 1, "checkpoint__every": 40, "optim__steps": 80}
     recipe = toml(tmp_path, tiny_base, tiny_pictures, **changes)
@@ -39,6 +40,9 @@ def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tin
         grows = {"address": address, "RAYSD_CLUSTER_RESOURCES": "CPU=2"}
         done = raysd("tune", str(file), "--name", "grow", "--json", storage=tmp_path / "store", **grows)
         body = json_of(done)
+        last = max(trial["started"] + trial["seconds"] for trial in body["trials"])
+        found["nodes gone and the command over, s after the last trial"] = round(time.time() - last, 1)
+        found["idle timeout, s"] = IDLE_SECONDS
         assert [trial["status"] for trial in body["trials"]] == ["finished", "finished"]
         counts = [count for _, count in body["nodes"]]
         assert counts[0] == 1

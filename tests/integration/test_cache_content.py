@@ -95,7 +95,7 @@ def test_07_what_ray_data_encodes_is_what_one_process_encodes(world, ray_address
         raise AssertionError("encoded in this process")
 
     spec, root, _ = world
-    monkeypatch.setattr(encode, "MANY", 2)
+    monkeypatch.setattr(encode, "_most_here", lambda: 2)
     monkeypatch.setattr(encode, "ROWS_A_SHARD", 8)
     monkeypatch.setattr(encode, "_here", not_here)
     other = Storage(str(tmp_path / "other"))

@@ -1,6 +1,8 @@
 """Training over several hosts that die, are cut off, lose their store or are drained: it ends as if nothing had happened."""
 
+import itertools
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from raysd.storage import Storage
 from raysd.train import checkpoint, runs
 from tests.base import toml
 from tests.cluster import start
-from tests.hosts import Hosts, hosts
+from tests.hosts import CPUS, Hosts, hosts
 
 pytestmark = pytest.mark.timeout(900)
 STEPS, EVERY = 60, 6
@@ -98,9 +100,9 @@ def reached(bucket: Storage, name: str, step: int) -> Callable[[], bool]:
 
 
 def hosts_of(cluster: Hosts) -> tuple[list[int], int]:
-    """(those with workers, the one with the command's own process)."""
+    """(those with workers, the one with the command's own process or -1)."""
     workers = sorted({cluster.host_of(process.pid) for process in cluster.processes("RayTrainWorker")})
-    command = next(number for number in range(cluster.count) if cluster.processes("raysd.jobs.driver", number))
+    command = next((number for number in range(cluster.count) if cluster.processes("raysd.jobs.driver", number)), -1)
     return workers, command
 
 
@@ -122,18 +124,25 @@ def test_without_a_token_or_with_a_wrong_one_nothing_is_submitted(cluster: Hosts
         assert "token" in err.lower()
 
 
+@pytest.mark.measured
 def test_a_killed_host_costs_what_came_after_the_last_checkpoint(
-    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+    cluster: Hosts,
+    spec: Path,
+    bucket: Storage,
+    undisturbed: dict[str, torch.Tensor],
+    found: dict[str, object],
 ) -> None:
     process = submit(cluster, spec, "killed")
     until(reached(bucket, "killed", EVERY), process)
     workers, command = hosts_of(cluster)
     victim = next(number for number in workers if number != command)
+    seen, when = int(runs.metrics(bucket.child("runs/killed"))[-1]["step"]), time.time()
     cluster.kill(victim)
     try:
         ended_as(undisturbed, bucket, "killed", process)
     finally:
         cluster.join(victim)
+    found["s from the kill to the first step beyond it"] = cost(bucket, "killed", seen, when)
     rows = [json.loads(line) for line in bucket.read("runs/killed/metrics.jsonl").splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1))
 
@@ -221,9 +230,45 @@ def test_the_commands_process_is_killed(
 ) -> None:
     process = submit(cluster, spec, "driver")
     until(reached(bucket, "driver", EVERY), process)
-    found = [one for one in cluster.processes("raysd.cli import main") if "raysd.jobs.driver" not in one.cmdline()]
-    found[0].kill()
+    assert a_command(cluster, [])
     ended_as(undisturbed, bucket, "driver", process)
+
+
+@soak
+@pytest.mark.timeout(1500)
+def test_an_elastic_run_goes_on_with_fewer_workers_and_grows_again(
+    cluster: Hosts, spec: Path, bucket: Storage, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    """A worker takes a whole host. While one is away the other goes on alone, with the same batches."""
+    words = ["--scale.workers", "[1,2]", "--scale.cpus", str(CPUS), "--scale.placement", "spread"]
+    words += ["--optim.steps", "1200", "--checkpoint.every", "30", "--publish.model", "elastic"]
+    process = start(
+        *("submit", "--follow", "--", "train", str(spec), "--name", "elastic", *words),
+        storage=cluster.storage,
+        **cluster.environment,
+    )
+
+    def with_workers(count: int) -> Callable[[], bool]:
+        def looked() -> bool:
+            rows = runs.metrics(bucket.child("runs/elastic"))
+            return bool(rows) and rows[-1].get("workers") == count and rows[-1]["step"] > 30
+
+        return looked
+
+    until(with_workers(2), process)
+    workers, command = hosts_of(cluster)
+    victim = next(number for number in workers if number != command)
+    cluster.kill(victim)
+    try:
+        until(with_workers(1), process)
+    finally:
+        cluster.join(victim)
+    until(with_workers(2), process)
+    _, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    rows = [row for row in runs.metrics(bucket.child("runs/elastic")) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 1201))
+    assert [count for count, _ in itertools.groupby(row["workers"] for row in rows)] == [2, 1, 2]
 
 
 @soak
@@ -233,10 +278,11 @@ def test_twenty_random_kills(
     spec: Path,
     bucket: Storage,
     undisturbed: dict[str, torch.Tensor],
-    capsys: pytest.CaptureFixture[str],
+    found: dict[str, object],
 ) -> None:
-    """Workers, commands and hosts, at random moments; every run ends as the undisturbed one. The seed is printed."""
-    seed = int(time.time())
+    """Workers, commands and hosts, at random moments; every run ends as the undisturbed one. RAYSD_SOAK_SEED repeats."""
+    seed = int(os.environ.get("RAYSD_SOAK_SEED", time.time()))
+    print(f"seed {seed}")
     chance = random.Random(seed)
     kills: list[str] = []
     number = 0
@@ -247,15 +293,22 @@ def test_twenty_random_kills(
         dead: list[int] = []
         for step in sorted(chance.sample(range(1, STEPS - EVERY), 3)):
             until(lambda name=name, step=step: passed(bucket, name, step), process)
-            kind = chance.choice(["worker", "command", "host"])
-            if (victim := kill_one(cluster, kind)) is not None:
-                dead.append(victim)
-            kills.append(f"{name} {kind} at step {step}")
+            while dead:  # a cloud brings another one
+                cluster.join(dead.pop())
+            kinds = {"worker": a_worker, "command": a_command, "host": a_host}
+            kind = chance.choice(list(kinds))
+            until(lambda kill=kinds[kind], dead=dead: kill(cluster, dead), process)
+            kills.append(f"{kind} at step {step}")
         ended_as(undisturbed, bucket, name, process)
-        for victim in dead:
-            cluster.join(victim)
-    with capsys.disabled():
-        print(f"\nseed {seed}: {len(kills)} kills in {number} runs\n" + "\n".join(kills))
+        while dead:
+            cluster.join(dead.pop())
+    found |= {"seed": seed, "kills": len(kills), "runs": number, "of them": ", ".join(kills)}
+
+
+def cost(bucket: Storage, name: str, seen: int, when: float) -> float:
+    """Seconds from a kill at `when` until a step after those that were `seen` was done."""
+    beyond = [row["time"] for row in runs.metrics(bucket.child(f"runs/{name}")) if row["step"] > seen and "loss" in row]
+    return round(min(beyond) - when, 1)
 
 
 def passed(bucket: Storage, name: str, step: int) -> bool:
@@ -263,20 +316,26 @@ def passed(bucket: Storage, name: str, step: int) -> bool:
     return bool(rows) and int(rows[-1]["step"]) >= step
 
 
-def kill_one(cluster: Hosts, kind: str) -> int | None:
-    """The host that was killed, if one was."""
-    commands = [one for one in cluster.processes("raysd.cli import main") if "raysd.jobs.driver" not in one.cmdline()]
-    if kind == "command" and commands:
-        commands[0].kill()
-    workers = cluster.processes("RayTrainWorker")
-    if not workers:
-        return None
-    if kind == "worker":
-        workers[-1].kill()
-        return None
-    _, command = hosts_of(cluster)
-    victims = [host for host in {cluster.host_of(one.pid) for one in workers} if host != command]
-    if kind == "host" and victims:
-        cluster.kill(victims[0])
-        return victims[0]
-    return None
+def a_command(cluster: Hosts, dead: list[int]) -> bool:
+    """Kill the command's own process, if there is one; so the two below."""
+    found = [one for one in cluster.processes("raysd.cli import main") if "raysd.jobs.driver" not in one.cmdline()]
+    if found:
+        found[0].kill()
+    return bool(found)
+
+
+def a_worker(cluster: Hosts, dead: list[int]) -> bool:
+    found = cluster.processes("RayTrainWorker")
+    if found:
+        found[-1].kill()
+    return bool(found)
+
+
+def a_host(cluster: Hosts, dead: list[int]) -> bool:
+    """One with a worker that is not the command's own; it is noted in `dead`."""
+    workers, command = hosts_of(cluster)
+    found = [number for number in workers if number != command]
+    if found:
+        cluster.kill(found[0])
+        dead.append(found[0])
+    return bool(found)

@@ -1,6 +1,7 @@
 """A run from the command line to a version that draws: real Ray, DeepSpeed, registry."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -163,6 +164,10 @@ def test_a_full_fine_tune_publishes_a_whole_folder_and_the_next_run_starts_from_
     assert json_of(done)["version"] == "cats@2"
     record = json_of(raysd("models", "show", "cats@2", "--json", storage=store))["record"]
     assert record["parent"]["ref"] == "cats@1"
+    assert json.loads((store / "runs/next/plan.json").read_text())["base"] == "cats@1", "where the alias pointed then"
+    Registry(Storage(str(store))).alias(Registry(Storage(str(store))).resolve("cats@2"), "best")
+    assert json_of(raysd("runs", "resume", "full", "--json", storage=store))["version"] == "cats@1"
+    assert Registry(Storage(str(store))).resolve("cats:best").ref == "cats@2", "a finished run moves it once"
     out = tmp_path / "x.png"
     words = ["generate", "cats@2", "--prompt", "x", "--steps", "2", "--count", "2", "--out", str(out)]
     assert raysd(*words, storage=store).returncode == 0
@@ -182,6 +187,25 @@ def assert_averages_were_published(folder, run):
         assert unet.keys() == published.keys()
         equal = sum(torch.equal(published[name], tensor) for name, tensor in unet.items())
         assert equal == len(unet) if average else equal < len(unet) / 2
+
+
+def test_relative_paths_mean_what_they_meant_where_the_command_was_typed(
+    tiny_base, tiny_pictures, ray_address, tmp_path, monkeypatch
+):
+    """Workers run in folders of their own, and later commands in other ones."""
+    (tmp_path / "studio").mkdir()
+    shutil.copytree(tiny_base, tmp_path / "studio/my-sd")
+    shutil.copytree(tiny_pictures, tmp_path / "studio/cats")
+    path, store = toml(tmp_path, tiny_base, tiny_pictures, optim__steps=2), tmp_path / "store"
+    monkeypatch.chdir(tmp_path / "studio")
+    words = ["train", str(path), "--name", "run", "--base", "./my-sd", "--data.source", "cats", "--json"]
+    assert json_of(raysd(*words, storage=store, address=ray_address))["version"] == "cats@1"
+    words = ["generate", "cats", "--prompt", "x", "--steps", "2", "--out", str(tmp_path / "x.png")]
+    assert raysd(*words, storage=store).returncode == 0, "though a folder of that name lies here"
+    monkeypatch.chdir(tmp_path)
+    assert json_of(raysd("runs", "resume", "run", "--json", storage=store))["version"] == "cats@1"
+    assert raysd(*words[:-1], str(tmp_path / "y.png"), storage=store).returncode == 0
+    assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
 
 
 def test_early_stopping_publishes_the_best_checkpoint_not_the_last(tiny_base, tiny_pictures, ray_address, tmp_path):
@@ -223,3 +247,16 @@ def test_a_run_whose_storage_is_a_bucket(tiny_base, tiny_pictures, s3, tmp_path)
     done = raysd("generate", "cats@1", *words, storage=s3, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "cat.png").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_a_compiled_denoiser_trains_to_the_same_losses(tiny_base, tiny_pictures, ray_address, tmp_path):
+    path = toml(tmp_path, tiny_base, tiny_pictures, method__kind="full", optim__lr=1e-4)
+    rows = {}
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        words = ["train", str(path), "--name", name, "--scale.compile", compiled, "--json"]
+        assert json_of(raysd(*words, storage=tmp_path / "store", address=ray_address))["status"] == "finished"
+        lines = (tmp_path / "store/runs" / name / "metrics.jsonl").read_text().splitlines()
+        rows[name] = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+    assert rows["compiled"] == pytest.approx(rows["eager"], rel=1e-3)

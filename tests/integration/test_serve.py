@@ -119,7 +119,7 @@ def service(ray_address: str, postgres: Postgres, tiny_base: Path, tmp_path_fact
     registry.alias(versions[0], "production")
     cats = {"ref": "cats:production", "cpus": 0.5, "replicas": {"least": 2, "most": 2}}
     base = {"ref": str(tiny_base), "name": "base", "cpus": 0.5}
-    rare = {"ref": str(tiny_base), "name": "rare", "cpus": 0.5, "replicas": {"least": 0, "most": 1}}
+    rare = {"ref": str(tiny_base), "name": "rare", "cpus": 0.5, "replicas": {"least": 0, "most": 1, "idle_seconds": 10}}
     values = {"storage": registry.storage.url, "database": postgres.url(), "models": [cats, base, rare]}
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
@@ -162,7 +162,7 @@ def test_a_picture_over_http_is_the_one_diffusers_draws(service: Service) -> Non
     assert item["seed"] == WISH["seed"]
 
 
-def test_a_rare_model_has_no_replica_until_it_is_asked_for(service: Service) -> None:
+def test_a_rare_model_has_a_replica_only_while_it_is_asked_for(service: Service) -> None:
     from ray import serve
 
     def replicas() -> dict[str, int]:
@@ -171,6 +171,11 @@ def test_a_rare_model_has_no_replica_until_it_is_asked_for(service: Service) -> 
     assert not replicas()
     assert np.abs(picture(service.draw("rare")) - picture(service.draw("base"))).max() <= 1
     assert replicas() == {"RUNNING": 1}
+    end = time.monotonic() + PATIENCE
+    while replicas():
+        assert time.monotonic() < end, "it stays"
+        time.sleep(0.5)
+    assert np.abs(picture(service.draw("rare")) - picture(service.draw("base"))).max() <= 1
 
 
 def test_a_lora_version_is_asked_for_by_name(service: Service) -> None:

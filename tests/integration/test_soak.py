@@ -29,8 +29,9 @@ OTHERS = 64 * 2**20
 KILLS = int(os.environ.get("RAYSD_SOAK_KILLS", "20"))
 
 
-def test_random_kills_end_in_the_weights_of_an_undisturbed_run(tiny_base, tiny_pictures, ray_address, tmp_path):
+def test_random_kills_end_in_the_weights_of_an_undisturbed_run(tiny_base, tiny_pictures, ray_address, tmp_path, found):
     seed = int(os.environ.get("RAYSD_SOAK_SEED", time.time_ns() % 10**6))
+    found["seed"] = seed
     print(f"seed {seed}: repeat with RAYSD_SOAK_SEED={seed}")
     chooser = random.Random(seed)
     path = toml(tmp_path, tiny_base, tiny_pictures, **SPEC)
@@ -41,7 +42,7 @@ def test_random_kills_end_in_the_weights_of_an_undisturbed_run(tiny_base, tiny_p
         store = tmp_path / f"killed-{done}"
         done += _disturbed_run(path, store, ray_address, chooser)
         assert_as_undisturbed(store, expected)
-    print(f"{done} kills, weights equal to the bit after each")
+    found["kills"] = done
 
 
 def _disturbed_run(path, store, address, chooser) -> int:
@@ -65,7 +66,7 @@ def _disturbed_run(path, store, address, chooser) -> int:
             return kills
 
 
-def test_20_000_pictures_on_s3_train_with_bounded_memory(tiny_base, s3, tmp_path):
+def test_20_000_pictures_on_s3_train_with_bounded_memory(tiny_base, s3, tmp_path, found):
     """No node holds a copy of the data: what grows on this machine's disk is less than half of what was uploaded, and OTHERS."""
     files = fsspec.filesystem("s3")
     rows, uploaded = [], 0
@@ -107,7 +108,7 @@ def test_20_000_pictures_on_s3_train_with_bounded_memory(tiny_base, s3, tmp_path
     assert process.returncode == 0, err
     bound = uploaded // 2 + OTHERS
     assert bound < uploaded, "a whole copy would be over it"
-    print(f"peaks: memory {_mib(peaks)}; disk {_mib(grown)}, below {bound / 2**20:.0f} MiB wanted")
+    found |= {"memory, peaks:": _mib(peaks), "disk, grown by": _mib(grown), "of uploaded MiB": uploaded // 2**20}
     assert max(peaks.values()) < 2 * 2**30
     assert max(grown.values()) < bound, "no node holds a copy"
     assert '"finished"' in out

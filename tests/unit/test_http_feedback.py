@@ -194,6 +194,7 @@ def test_a_comparison_of_which_half_was_accepted(service, client, monkeypatch, k
         ({"versions": ["cats@1", "cats@9"]}, 404, "version: "),
         ({"versions": ["cats@1", "dogs@1"]}, 404, "no dogs@1 is served"),
         ({"n": 2}, 400, "n: unknown"),
+        ({"versions": ["cats@1", "cats@2"], "lora": "style@1"}, 400, "lora: both sides would be drawn by it"),
     ],
 )
 def test_comparisons_that_are_refused(service, client, wrong, status, said):

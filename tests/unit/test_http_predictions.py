@@ -11,6 +11,9 @@ from PIL import Image
 from replicate.client import Client
 from replicate.exceptions import ModelError, ReplicateError
 
+from raysd.config.serving import HttpSpec
+from raysd.errors import RequestError
+from raysd.serve.http.wire import Input, drawing
 from raysd.serve.queue import Queue
 from tests.serving import CATS, DIGESTS, SIDE, listening, parts
 
@@ -178,6 +181,20 @@ def test_pictures_that_are_refused(client):
         client.predictions.create(version="cats", input={**FAST, "mask": "data:;base64,AAAA"})
     with pytest.raises(ReplicateError, match="content: not a readable"):
         client.files.create(io.BytesIO(b"text"))
+
+
+def test_a_null_is_as_good_as_absent():
+    few = HttpSpec(most_steps=3)
+    for values in ({}, {"num_inference_steps": None}):
+        assert drawing(Input(prompt="a", **values), few).steps == 3
+
+
+@pytest.mark.parametrize("side", ["width", "height"])
+def test_one_side_alone_is_bounded_as_well(side):
+    small = HttpSpec(most_pixels=512 * 512)
+    assert getattr(drawing(Input(prompt="a", **{side: 512}), small), side) == 512
+    with pytest.raises(RequestError, match=f"{side}: at most 262,144 pixels here"):
+        drawing(Input(prompt="a", **{side: 2048}), small)
 
 
 def test_the_models_that_are_served(client):

@@ -252,7 +252,7 @@ def test_a_base_that_fits_no_more_takes_the_place_of_an_unused_one(
 ) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
-    (other / "README.txt").write_text("another model")
+    (other / "unet/config.json").write_text((other / "unet/config.json").read_text() + " ")
     pool = Pool(registry.storage, Opener(), bases=9, memory=1.5 * weight(tiny_base))
     for base in (tiny_base, other, tiny_base):
         with pool.use(str(base), identity(base)):

@@ -77,3 +77,36 @@ def test_identity_reads_only_what_is_the_model(tiny_base, tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"x": 1}))
     assert identity(copy) != identity(tiny_base)
     assert os.path.isdir(copy)
+
+
+def test_a_folder_of_pictures_does_not_hide_the_model_of_its_name(tiny_base, storage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cats").mkdir()
+    with pytest.raises(NotFound, match="cats"):
+        locate("cats", storage)  # in the registry, which has none
+    with pytest.raises(RequestError, match="not a diffusers model"):
+        locate("./cats", storage)
+    shutil.copytree(tiny_base, tmp_path / "dogs")
+    assert locate("dogs", storage).ref == str(tmp_path / "dogs")
+
+
+def test_what_is_no_part_of_a_model_does_not_change_what_it_is(tiny_base, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "notes.txt").write_text("mine")
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker" / "config.json").write_text("{}")
+    shutil.copy(next((base / "unet").glob("*.safetensors")), base / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert identity(base) == identity(tiny_base)
+    (base / "unet" / "config.json").write_text((base / "unet" / "config.json").read_text() + " ")
+    assert identity(base) != identity(tiny_base)
+
+
+def test_pickled_weights_are_refused_with_what_to_do(tiny_base, storage, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    weights = next((base / "vae").glob("*.safetensors"))
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(RequestError, match="vae has pickled weights") as refused:
+        locate(str(base), storage)
+    assert len(str(refused.value).splitlines()) <= 3

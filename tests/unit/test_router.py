@@ -5,6 +5,8 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,13 +15,14 @@ from sqlalchemy import select
 
 from raysd.config.serving import ModelSpec
 from raysd.database import Database
-from raysd.errors import NotFound, StorageError
+from raysd.errors import NotFound, RequestError, StorageError
 from raysd.feedback.generations import Generations
 from raysd.registry import Registry, Version, traffic
 from raysd.serve import router as routers
 from raysd.serve import routes as routing
 from raysd.serve.drawing import Drawing
-from raysd.serve.http.desk import Ask, Busy
+from raysd.serve.http.catalog import find
+from raysd.serve.http.desk import Ask, Busy, Served
 from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import NewPrediction, Prediction
 from raysd.serve.queue import Queue
@@ -27,6 +30,7 @@ from raysd.serve.router import Router
 from raysd.serve.routes import Routes, Target
 from raysd.serve.tables import PredictionRow
 from raysd.storage import Storage
+from tests.adapters import publish_lora
 
 ASK = Ask("predictions", "cats", Drawing(prompt="a cat", steps=2), user="somebody", webhook="https://example.org/hook")
 
@@ -230,15 +234,20 @@ def test_a_model_whose_version_is_withdrawn_is_not_served_until_it_has_another(
         newest.on_change = told.append
         registry.withdraw(version, "leaked")
         for routes in (fixed, newest):
-            wait(lambda routes=routes: not routes.served())  # type: ignore[misc]
+            wait(lambda routes=routes: routes.served()[0].withdrawn is not None)  # type: ignore[misc]
             with pytest.raises(NotFound, match=r"model: cats is not served now: .*cats@1 was withdrawn \(leaked\)"):
                 routes.choose(ASK)
             assert not routes.targets()
         put(2)
-        wait(lambda: bool(newest.served()))
+        wait(lambda: newest.served()[0].withdrawn is None)
         assert newest.choose(ASK)[0].ref == "cats@2"
         wait(lambda: [target.ref for target in told] == ["cats@2"])
-        assert not fixed.served()
+        assert "leaked" in str(fixed.served()[0].withdrawn)
+        for name in ("cats", "cats@1", None):
+            with pytest.raises(NotFound, match=r"is not served now: .*leaked|served here: none"):
+                find(fixed.served(), name)
+        with pytest.raises(RequestError, match="model: required"):  # not the other one, for want of choice
+            find([*fixed.served(), Served("dogs", "dogs@1", "1" * 64, 0.0)], None)
 
 
 @pytest.mark.usefixtures("quickly")
@@ -286,6 +295,70 @@ def test_a_share_stays_while_the_store_does_not_say_that_its_version_was_withdra
             assert routes.choose(ASK)[0].ref == "cats@2"
         registry.withdraw(registry.resolve("cats@2"))
         wait(lambda: routes.choose(ASK)[0].ref == "cats@1")
+
+
+def test_a_version_that_cannot_be_looked_up_now_is_no_version_that_is_not_there(
+    registry: Registry, put: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(1), put(2)
+    with served(registry, "cats@1") as (routes,):
+        assert routes.choose(replace(ASK, version="cats@2"))[0].ref == "cats@2"
+        with pytest.raises(NotFound, match="cats has no version cats@9"):
+            routes.choose(replace(ASK, version="cats@9"))
+
+        def away(*_: Any) -> Version:
+            raise StorageError("the store does not answer")
+
+        monkeypatch.setattr(routes.registry, "resolve", away)
+        with pytest.raises(StorageError):
+            routes.choose(replace(ASK, version="cats@2"))
+
+
+def test_a_lora_is_drawn_over_the_version_that_was_asked_for_or_not_at_all(
+    registry: Registry, tiny_base: Path, tmp_path: Path
+) -> None:
+    style = publish_lora(registry, tiny_base, tmp_path / "style", 1)
+    files = {path.relative_to(tiny_base).as_posix(): path for path in tiny_base.rglob("*") if path.is_file()}
+    same = registry.publish("whole", files, {}, key="same")
+    config = tmp_path / "config.json"
+    config.write_text((tiny_base / "unet/config.json").read_text() + " ")
+    other = registry.publish("whole", {**files, "unet/config.json": config}, {}, key="other")
+    with served(registry, same.ref) as (routes,):
+        ask = replace(ASK, model="whole", lora=style.ref)
+        for version in (None, same.ref, same.digest):
+            assert routes.choose(replace(ask, version=version))[0].ref == style.ref
+        with pytest.raises(RequestError, match=f"lora: {style.ref} was trained on another base than {other.ref}'s"):
+            routes.choose(replace(ask, version=other.ref))
+
+
+def test_an_upload_that_is_not_there_is_said_before_anything_is_accepted(
+    registry: Registry, put: Callable[[int], Version]
+) -> None:
+    put(1)
+    desk = Desk(registry, "cats@1")
+    ask = replace(ASK, drawing=ASK.drawing.model_copy(update={"image": "a" * 64}))
+
+    async def work(router: Router) -> None:
+        with pytest.raises(NotFound, match="image: no such upload"):
+            await router.submit(ask)
+
+    desk.run(work)
+    assert not desk.rows()
+
+
+def test_a_prediction_of_a_model_that_is_served_elsewhere_can_be_cancelled(
+    registry: Registry, put: Callable[[int], Version]
+) -> None:
+    put(1)
+    desk = Desk(registry, "cats@1")
+
+    async def work(router: Router) -> None:
+        prediction = await router.submit(ASK)
+        await asyncio.to_thread(desk.queue.claim, "another", "cats")
+        router._replicas = {}
+        assert (await router.cancel(prediction.id)).id == prediction.id
+
+    desk.run(work)
 
 
 @contextlib.contextmanager

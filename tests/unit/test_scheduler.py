@@ -190,6 +190,25 @@ def test_a_batch_that_does_not_fit_is_made_smaller(predictor: Predictor, monkeyp
         lone.future.result(0)
 
 
+def test_two_without_guidance_that_do_not_fit_together_are_drawn_one_by_one(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = predictor.backend.denoise
+
+    def denoise(latents: torch.Tensor, *rest: object) -> torch.Tensor:
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return true(latents, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(predictor.backend, "denoise", denoise)
+    scheduler = Scheduler(rows=8)
+    pictures = [Picture(predictor, Drawing(prompt="a", seed=seed, steps=2, guidance=1)) for seed in range(2)]
+    scheduler.submit(pictures)
+    for _ in range(20):
+        scheduler.turn()
+    assert all(picture.future.result(0) for picture in pictures)
+
+
 def test_previews_come_in_order_and_near_the_picture_in_the_end(predictor: Predictor) -> None:
     seen: list[tuple[int, Image.Image]] = []
     drawing = Drawing(prompt="a", steps=8, guidance=1, partial_images=3)
@@ -300,3 +319,31 @@ def test_pixels_that_are_not_finite_are_one_pictures_own(predictor: Predictor, m
     finish(scheduler)
     assert pictures[0].future.result(0).size == pictures[2].future.result(0).size == (64, 64)
     assert isinstance(pictures[1].future.exception(0), FloatingPointError)
+
+
+def test_a_preview_that_is_not_finite_ends_nobodys_picture(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, shown = predictor.backend.decode, []
+    drawing = Drawing(prompt="a", steps=4, guidance=1, partial_images=1)
+    pictures = [
+        Picture(predictor, drawing.model_copy(update={"seed": seed}), preview=lambda _, image, n=seed: shown.append(n))  # type: ignore[misc]
+        for seed in range(2)
+    ]
+    calls = []
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        calls.append(len(latents))
+        pixels = true(latents).clone()
+        if len(calls) <= 2:  # the first is of both previews, the second of one alone
+            pixels[0] = float("nan")
+        return pixels
+
+    monkeypatch.setattr(predictor.backend, "decode", decode)
+    scheduler = Scheduler()
+    scheduler.submit(pictures)
+    finish(scheduler)
+    monkeypatch.undo()
+    assert shown == [1]
+    for seed, picture in enumerate(pictures):
+        assert distance(picture.future.result(0), alone(predictor, drawing.model_copy(update={"seed": seed}))) <= 1

@@ -68,6 +68,35 @@ def test_a_zip_of_any_inner_structure_becomes_readable_files(tmp_path, uploads, 
     assert "notes.md" in source.notes[0]
 
 
+def test_names_that_a_zip_does_not_say_are_utf_8_are_read_so(tmp_path, uploads):
+    """As Info-ZIP and macOS write them."""
+    body = zipped({"é.png": encoded(photo(0)), "captions.csv": "file,caption\né.png,hello\n".encode()})
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = body.index(signature)
+        body = body[: place + flags] + b"\0\0" + body[place + flags + 2 :]
+    (tmp_path / "set.zip").write_bytes(body)
+    assert opened(tmp_path / "set.zip", uploads) == {"é.png": "hello"}
+
+
+def test_an_empty_caption_contradicts_none(tmp_path, uploads):
+    root = folder(tmp_path / "set", 2)
+    (root / "p0.txt").write_text("")
+    (root / "p1.txt").write_text("hi")
+    rows = ({"file_name": "p0.png", "text": "a cat"}, {"file_name": "p1.png", "text": ""})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert opened(root, uploads) == {"p0.png": "a cat", "p1.png": "hi"}
+
+
+def test_a_picture_that_is_not_the_one_it_was_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(photo(0)))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_picture(str(path), digest=digest)
+    path.write_bytes(encoded(photo(1)))
+    with pytest.raises(DataError, match=r"a\.png: changed since the run began"):
+        read_picture(str(path), digest=digest)
+
+
 def test_a_zip_is_unpacked_once_under_its_sha256(tmp_path, uploads, monkeypatch):
     path = tmp_path / "set.zip"
     path.write_bytes(zipped({"a.png": encoded(photo(1)), "a.txt": b"one"}))

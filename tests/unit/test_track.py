@@ -54,3 +54,31 @@ def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(RequestError, match=r"track\.mlflow: not installed; pip install 'raysd\[mlflow\]'"):
         track._require("mlflow")
+
+
+def test_a_tracker_that_fails_ends_nothing_and_says_so_once(tmp_path):
+    said = []
+    trackers = track.Trackers(Storage(str(tmp_path)), "run", SPEC, said.append)
+
+    class Broken:
+        def log(self, step, values):
+            raise ConnectionError("no route to host")
+
+        close = lambda self: self.log(0, {})  # noqa: E731
+
+    class Counting:
+        seen = 0
+
+        def log(self, step, values):
+            self.seen += 1
+
+        def close(self):
+            self.seen += 10
+
+    counting = Counting()
+    trackers.trackers = [Broken(), counting]
+    trackers.log(1, {"loss": 0.5})
+    trackers.log(2, {"loss": 0.5})
+    trackers.close()
+    assert said == ["Broken: no route to host"]
+    assert counting.seen == 12

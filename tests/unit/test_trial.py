@@ -6,7 +6,7 @@ import pytest
 
 from raysd.cli.specs import recipe_of
 from raysd.config import SearchSpec, load
-from raysd.errors import OutOfMemory
+from raysd.errors import LeaseHeld, OutOfMemory
 from raysd.storage import Storage
 from raysd.tune import records, trial
 from raysd.tune.space import key_of
@@ -83,3 +83,29 @@ def test_a_trial_that_runs_out_of_memory_is_over_with_a_reason_and_the_worst_of_
     record = record_of(job)
     assert (record.status, record.reason) == ("failed", "out of memory on node-1\ntry: a smaller batch")
     assert [result["validation_loss"] for result in results(job, monkeypatch, never)] == [WORST]
+
+
+def test_a_value_that_is_no_number_wins_nothing(job, monkeypatch):
+    def blows_up(spec, name, root, watch, plan, asked):
+        watch({"kind": "validation", "step": 1, "validation_loss": float("nan")})
+        return SimpleNamespace(finished=True)
+
+    assert {result["validation_loss"] for result in results(job, monkeypatch, blows_up)} == {WORST}
+    assert record_of(job).costs(["validation_loss"]) is None
+    assert records.front([record_of(job)], ["validation_loss"]) == []
+
+
+def test_settings_that_another_trial_is_training_are_not_trained_twice(job, monkeypatch):
+    """It waits for the other one's end, tells what that told, and leaves its record alone."""
+    store = records.storage_of(Storage(job.root), "s")
+
+    def held(spec, name, root, watch, plan, asked):
+        other = records.TrialRecord(key_of(VALUES), VALUES, name, status="finished", reports=reports)
+        records.write_trial(store, other)
+        raise LeaseHeld("run s-x is held")
+
+    reports = tuple({"step": n, "epoch": float(n), "validation_loss": loss} for n, loss in enumerate(LOSSES, 1))
+    told = results(job, monkeypatch, held)
+    assert [result["validation_loss"] for result in told] == [0.5, 0.3, 0.3, 0.2, 0.2]
+    assert [result[OVER] for result in told] == [False] * 4 + [True]
+    assert (record_of(job).status, record_of(job).reports) == ("finished", reports)

@@ -39,6 +39,7 @@ SECRET = "serving/secret"
 _WITH_PICTURES = re.compile(r"/v1/(images/edits|files|predictions|models/[^/]+/[^/]+/predictions)")
 READY_SECONDS = 5.0
 """For which the database may take to say that it is there."""
+STAINLESS = ("Lang", "Package-Version", "OS", "Arch", "Runtime", "Runtime-Version", "Retry-Count", "Timeout")
 ALLOWED = (
     "Authorization",
     "Content-Type",
@@ -49,8 +50,11 @@ ALLOWED = (
     "X-Raysd-User",
     "X-Raysd-Withhold",
     "X-Request-Id",
+    *(f"X-Stainless-{name}" for name in STAINLESS),
+    "OpenAI-Organization",
+    "OpenAI-Project",
 )
-"""What a page of another site may send, where one is named: all that is read here."""
+"""What a page of another site may send, where one is named: all that is read here, and what OpenAI's client adds."""
 EXPOSED = ("X-Request-Id", "X-Raysd-Version", "X-Raysd-Digest", "Retry-After", "Preference-Applied")
 
 
@@ -170,7 +174,7 @@ def _health(service: Service) -> APIRouter:
     async def ready() -> Response:
         """Whether it can take requests: models are served, and the database is there."""
         try:
-            served = service.desk.models()
+            served = [model for model in service.desk.models() if model.withdrawn is None]
             async with asyncio.timeout(READY_SECONDS):
                 for model in served[:1]:
                     await asyncio.to_thread(service.queue.waiting, model.name)

@@ -29,17 +29,20 @@ def find(served: Sequence[Served], name: str | None, field: str = "model") -> Fo
 
     Raises NotFound, and RequestError where no name is given and there are several.
     """
-    offered = f"served here: {named([model.name for model in served], 8) or 'none'}"
+    here = [model for model in served if model.withdrawn is None]
+    offered = f"served here: {named([model.name for model in here], 8) or 'none'}"
     if name is None:
         if len(served) == 1:
-            return Found(served[0].name, None)
+            return find(served, served[0].name, field)
         raise RequestError(f"{field}: required; {offered}")
     plain = name.removeprefix(f"{OWNER}/")
     wanted = plain.rpartition(":")[2]
     for model in served:
+        if plain == model.name and model.withdrawn is not None:
+            raise NotFound(f"{field}: {model.name} is not served now: {model.withdrawn}")
         if plain == model.name:
             return Found(model.name, None)
-    for model in served:
+    for model in here:
         if plain not in (wanted, f"{model.name}:{wanted}"):
             continue
         known = {model.name, *(share.ref.partition("@")[0] for share in _traffic(model))}
@@ -59,7 +62,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/v1/models", responses=OPENAI)
     async def models(request: Request) -> dict[str, Any]:
         """All models: under `data` as OpenAI lists them, under `results` as Replicate does."""
-        served = desk.models()
+        served = [model for model in desk.models() if model.withdrawn is None]
         return {
             "object": "list",
             "data": [_openai(model) for model in served],

@@ -50,6 +50,8 @@ def routes(service: Service) -> APIRouter:
 
 
 async def _compare(service: Service, request: Request, asked: ComparisonRequest, told: Told) -> ComparisonAnswer:
+    if asked.lora is not None:
+        raise RequestError("lora: both sides would be drawn by it; name LoRA versions under versions")
     versions = _versions(service.desk.models(), asked)
     wanted = drawing(asked, service.spec, **asked.pixels())
     id = _comparison(service, request, told)
@@ -67,7 +69,6 @@ async def _compare(service: Service, request: Request, asked: ComparisonRequest,
                 model=version,
                 drawing=wanted,
                 user=asked.user,
-                lora=asked.lora,
                 comparison=id,
                 body=fingerprint(f"comparison {side}", asked),
             )

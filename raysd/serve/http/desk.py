@@ -8,6 +8,9 @@ from raysd.errors import RaysdError
 from raysd.serve.drawing import Drawing
 from raysd.serve.predictions import Api, Prediction
 
+UPLOADS_KEPT = 7 * 86400.0
+"""Seconds for which pictures that were sent in are kept."""
+
 
 class Busy(RaysdError):
     """The service has too much to do: the same request may be taken in `retry_after` seconds."""
@@ -38,6 +41,8 @@ class Served:
     """Whether a request may name a LoRA version to draw with."""
     traffic: tuple[Share, ...] = ()
     """All its versions, the largest share first."""
+    withdrawn: str | None = None
+    """Why nothing draws it any more."""
 
 
 @dataclass(frozen=True)

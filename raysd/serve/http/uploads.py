@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Form, Request, UploadFile
@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 from raysd.errors import RequestError
 from raysd.serve.http import pictures
+from raysd.serve.http.desk import UPLOADS_KEPT
 from raysd.serve.http.errors import REPLICATE
 from raysd.serve.http.service import Service, may
 from raysd.serve.http.wire import Input, Text, Wire
@@ -44,7 +45,7 @@ class File(BaseModel):
     checksums: dict[str, str]
     metadata: dict[str, Any]
     created_at: str
-    expires_at: str | None
+    expires_at: str
     urls: dict[str, str]
 
 
@@ -91,6 +92,7 @@ def routes(service: Service) -> APIRouter:
         """Upload a picture for predictions to start from, as Replicate's clients do with open files."""
         body = await asked.content.read()
         kept = await keep(service, body, "content")
+        now = datetime.now(UTC)
         name = f"{kept.digest}-{kept.size[0]}x{kept.size[1]}"
         return File(
             id=name,
@@ -100,8 +102,8 @@ def routes(service: Service) -> APIRouter:
             etag=kept.digest,
             checksums={"sha256": kept.digest},
             metadata={},
-            created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            expires_at=None,
+            created_at=now.isoformat(timespec="milliseconds"),
+            expires_at=(now + timedelta(seconds=UPLOADS_KEPT)).isoformat(timespec="milliseconds"),
             urls={"get": f"{service.base(request)}/v1/files/{name}"},
         )
 

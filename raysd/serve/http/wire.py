@@ -105,8 +105,8 @@ def drawing(asked: Wire, spec: HttpSpec, **more: Any) -> Drawing:
     described = set(Drawing.model_fields) - {"image", "mask"}  # which are digests there
     values = {inside: getattr(asked, name) for inside, name in names.items() if inside in described}
     values = {"seed": secrets.randbelow(2**32)} | {n: v for n, v in (values | more).items() if v is not None}
-    if "num_inference_steps" not in asked.model_fields_set:
-        values["steps"] = min(values["steps"], spec.most_steps)
+    if "num_inference_steps" not in asked.model_fields_set or getattr(asked, "num_inference_steps", None) is None:
+        values["steps"] = min(Drawing.model_fields["steps"].default, spec.most_steps)
     if "width" in more:
         names |= {"width": "size", "height": "size"}
     try:
@@ -123,5 +123,7 @@ def _check(made: Drawing, spec: HttpSpec, names: Mapping[str, str]) -> None:
         raise RequestError(f"{names['steps']}: at most {spec.most_steps} here")
     if made.count > spec.most_pictures:
         raise RequestError(f"{names.get('count', 'n')}: at most {spec.most_pictures} here")
-    if made.width is not None and made.height is not None and made.width * made.height > spec.most_pixels:
-        raise RequestError(f"{names['width']}: at most {spec.most_pixels:,} pixels here")
+    width, height = made.width or made.height or 0, made.height or made.width or 0  # one alone counts as both
+    if width * height > spec.most_pixels:
+        field = names["width" if made.width else "height"]
+        raise RequestError(f"{field}: at most {spec.most_pixels:,} pixels here, width times height")
