@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from raysd.errors import AlreadyExists, RaysdError, Stale, StorageError
+from raysd.errors import AlreadyExists, LeaseLost, RaysdError, Stale, StorageError
 
 FILE = "RAYSD_JOB_OUTCOME"
 PASSING = "passing"
@@ -21,9 +21,10 @@ def note(error: BaseException) -> None:
 def passes(error: BaseException) -> bool:
     """Whether the same command may succeed when it is tried again: a store or a cluster that did not answer.
 
+    A lease is lost where the store was away for too long, or to another process: then the next attempt is refused.
     A training that failed has had its own restarts (`scale.restarts`), and a wrong request stays wrong.
     """
     if isinstance(error, RaysdError):
-        return isinstance(error, StorageError) and not isinstance(error, AlreadyExists | Stale)
+        return isinstance(error, StorageError | LeaseLost) and not isinstance(error, AlreadyExists | Stale)
     ours = type(error).__module__.split(".")[0] == "ray" and not isinstance(error, ValueError | TypeError)
     return ours or isinstance(error, ConnectionError | TimeoutError)
