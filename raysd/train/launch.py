@@ -189,7 +189,9 @@ class Launch:
         import ray
 
         if self.lost is not None:
-            raise LeaseLost(f"run {self.name}: {self.lost}\ngo on from the last checkpoint: raysd runs resume {self.name}")
+            raise LeaseLost(
+                f"run {self.name}: {self.lost}\ngo on from the last checkpoint: raysd runs resume {self.name}"
+            )
         failure: RaysdError | None = ray.get(self.link.failure.remote())
         if failure is not None:
             raise failure

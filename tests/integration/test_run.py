@@ -2,9 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from raysd.draw import Request, draw
 from raysd.references import locate
@@ -92,7 +95,6 @@ def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
 
 def test_13_the_kohya_file_carries_the_true_alpha_and_draws_the_same(finished, tmp_path):
     from diffusers import StableDiffusionPipeline
-    from safetensors.torch import load_file
 
     store, _, _ = finished
     file = tmp_path / "cats.safetensors"
@@ -176,8 +178,6 @@ def test_a_full_fine_tune_publishes_a_whole_folder_and_the_next_run_starts_from_
 
 def assert_averages_were_published(folder, run):
     """The U-Net's weights are the moving averages of the last checkpoint, in fp16, and not the weights they average."""
-    from safetensors.torch import load_file
-
     newest = checkpoint.latest(run)
     assert newest is not None
     published = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
@@ -223,6 +223,33 @@ def test_early_stopping_publishes_the_best_checkpoint_not_the_last(tiny_base, ti
     record = json_of(raysd("models", "show", body["version"], "--json", storage=store))["record"]
     assert record["run"]["step"] == body["best_step"]
     assert record["metrics"]["validation_loss"] == body["loss"]
+
+
+def test_a_run_that_overfits_is_stopped_and_its_best_checkpoint_is_published(tiny_pictures, ray_address, tmp_path):
+    """Every weight on five pictures: they are learnt by heart, and the held-out ones get worse."""
+    store = tmp_path / "store"
+    changes = {"validation__every": 10, "validation__patience": 5, "validation__timesteps": 8, "data__validation": 0.5}
+    changes |= {"method__kind": "full", "optim__lr": 1e-3, "optim__steps": 400, "optim__batch_size": 5}
+    changes |= {"data__augment__variants": 1, "loss__caption_dropout": 0.0, "publish__precision": "fp32"}
+    path = toml(tmp_path, Path("tiny-sd"), tiny_pictures, **changes)
+    body = json_of(raysd("train", str(path), "--name", "over", "--json", storage=store, address=ray_address))
+    assert body["step"] == body["best_step"] + 50 < 400, "five validations without improvement after the best"
+    rows = [json.loads(line) for line in (store / "runs/over/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert mean(losses[-20:]) < 0.8 * mean(losses[body["best_step"] - 20 : body["best_step"]]), (
+        "it went on learning these"
+    )
+    validated = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    assert validated[body["step"]] > validated[body["best_step"]] == body["loss"]
+    run = Storage(str(store)).child("runs/over")
+    published = load_file(
+        locate(body["version"], Storage(str(store))).folder / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    for step, same in ((body["best_step"], True), (body["step"], False)):
+        kept = checkpoint.weights(run, checkpoint.at_step(run, step), ema=False)
+        unet = {name.removeprefix("denoiser."): t for name, t in kept.items() if name.startswith("denoiser.")}
+        assert unet.keys() == published.keys()
+        assert all(torch.equal(unet[name], published[name]) for name in unet) == same
 
 
 def test_pictures_and_a_profile_are_kept_with_the_run(tiny_base, tiny_pictures, ray_address, tmp_path):

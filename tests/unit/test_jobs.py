@@ -413,7 +413,7 @@ def test_where_the_token_comes_from(tmp_path, monkeypatch):
         (AlreadyExists("x"), False),
         (TrainingFailed("loss"), False),
         (OutOfMemory("x"), False),
-        (LeaseLost("x"), False),
+        (LeaseLost("the store was away"), True),
         (RequestError("x"), False),
         (RaysdError("x"), False),
         (KeyError("a bug"), False),
