@@ -22,7 +22,7 @@ from raysd.train import checkpoint, runs
 from raysd.train.checkpoint import Progress
 from raysd.train.encode import fill_latents, fill_text, is_filled
 from raysd.train.follow import Follower
-from raysd.train.link import Link
+from raysd.train.link import open_link
 from raysd.train.plan import Plan, base_of, make_plan, total_steps
 from raysd.train.publish import publish
 from raysd.train.runs import LEASE, RunRecord
@@ -152,7 +152,7 @@ class Launch:
         fill_caches(plan, self.root, self.pinned, self.watch)
         self.held.check()  # until now there was nobody to stop
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
-        self.link = Link.remote()  # type: ignore[attr-defined]
+        self.link = open_link()
         trackers = Trackers(self.run, self.name, self.spec, lambda text: _tell(self.watch, text))
         follower = Follower(self.run, self.link, trackers, self.watch, self._stop)
         try:

@@ -42,6 +42,14 @@ class Link:
         return self.problem
 
 
+def open_link() -> Any:
+    """A link on the driver's own node: no host but the driver's takes it away. If its process dies it is started again."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Link.options(scheduling_strategy=here, max_restarts=-1, max_task_retries=-1).remote()  # type: ignore[attr-defined]
+
+
 class Reporter:
     """Rank 0's end: collects records and exchanges them in the background, so that no step waits for Ray."""
 

@@ -136,6 +136,9 @@ def test_a_killed_host_costs_what_came_after_the_last_checkpoint(
     until(reached(bucket, "killed", EVERY), process)
     workers, command = hosts_of(cluster)
     victim = next(number for number in workers if number != command)
+    assert [cluster.host_of(link.pid) for link in cluster.processes("ray::Link")] == [command], (
+        "no other host takes it away"
+    )
     when = time.time()
     cluster.kill(victim)
     try:
