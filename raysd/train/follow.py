@@ -44,7 +44,7 @@ class Follower:
         self.trackers.close()
 
     def _loop(self) -> None:
-        next_look = 0.0
+        next_look, said = 0.0, ""
         while not self._ended.wait(PERIOD):
             try:
                 self._drain()
@@ -55,7 +55,10 @@ class Follower:
                 if time.monotonic() >= self._next_write:
                     self._write()
             except Exception as error:  # the run itself must not end because a store or a tracker has a bad minute
-                self.watch({"kind": "notice", "text": f"{type(error).__name__}: {error}"})
+                text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                if text != said:  # it may last
+                    self.watch({"kind": "notice", "text": text})
+                said = text
 
     def _drain(self) -> None:
         for record in ray.get(self.link.take.remote()):

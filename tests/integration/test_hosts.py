@@ -5,7 +5,7 @@ import json
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -52,8 +52,11 @@ def bucket(cluster: Hosts, monkeypatch: pytest.MonkeyPatch) -> Storage:
     return Storage(cluster.storage)
 
 
-def submit(cluster: Hosts, spec: Path, name: str, **environment: str) -> "psutil.Popen":
-    words = ["submit", "--follow", "--json", "--", "train", str(spec), "--name", name, "--publish.model", name]
+def submit(
+    cluster: Hosts, spec: Path, name: str, *options: str, train: Sequence[str] = (), **environment: str
+) -> "psutil.Popen":
+    words = ["submit", "--follow", "--json", *options, "--", "train", str(spec), "--name", name]
+    words += ["--publish.model", name, *train]
     return start(*words, storage=cluster.storage, **{**cluster.environment, **environment})
 
 
@@ -293,16 +296,18 @@ def test_twenty_random_kills(
     while len(kills) < 20:
         number += 1
         name = f"random-{number}"
-        process = submit(cluster, spec, name)
+        process = submit(cluster, spec, name, "--retries", "30", train=("--scale.restarts", "30"))
         dead: list[int] = []
-        for step in sorted(chance.sample(range(1, STEPS - EVERY), 3)):
-            until(lambda name=name, step=step: passed(bucket, name, step), process)
+        for step in sorted(chance.sample(range(1, STEPS - EVERY), 10)):
             while dead:  # a cloud brings another one
                 cluster.join(dead.pop())
             kinds = {"worker": a_worker, "command": a_command, "host": a_host}
             kind = chance.choice(list(kinds))
-            until(lambda kill=kinds[kind], dead=dead: kill(cluster, dead), process)
-            kills.append(f"{kind} at step {step}")
+            killed = False
+            while process.poll() is None and not killed:  # it may be over before its last moment comes
+                killed = passed(bucket, name, step) and kinds[kind](cluster, dead)
+                time.sleep(0.05)
+            kills += [f"{kind} at step {step}"] if killed else []
         ended_as(undisturbed, bucket, name, process)
         while dead:
             cluster.join(dead.pop())
