@@ -143,8 +143,8 @@ class Hosts:
         return found
 
     def host_of(self, pid: int) -> int:
-        """The number of the host that a process runs on."""
-        return next(number for number in range(self.count) if pid in self._pids(str(number)))
+        """The number of the host that a process runs on; -1 for one that has ended, or runs on no numbered host."""
+        return next((number for number in range(self.count) if pid in self._pids(str(number))), -1)
 
     def close(self) -> None:
         for name in ["h", *map(str, range(self.count)), "s"]:

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -104,7 +105,7 @@ def reached(bucket: Storage, name: str, step: int) -> Callable[[], bool]:
 
 def hosts_of(cluster: Hosts) -> tuple[list[int], int]:
     """(those with workers, the one with the command's own process or -1)."""
-    workers = sorted({cluster.host_of(process.pid) for process in cluster.processes("RayTrainWorker")})
+    workers = sorted({cluster.host_of(process.pid) for process in cluster.processes("RayTrainWorker")} - {-1})
     command = next((number for number in range(cluster.count) if cluster.processes("raysd.jobs.driver", number)), -1)
     return workers, command
 
@@ -322,16 +323,21 @@ def passed(bucket: Storage, name: str, step: int) -> bool:
 def a_command(cluster: Hosts, dead: list[int]) -> bool:
     """Kill the command's own process, if there is one; so the two below."""
     found = [one for one in cluster.processes("raysd.cli import main") if "raysd.jobs.driver" not in one.cmdline()]
-    if found:
-        found[0].kill()
-    return bool(found)
+    return killed(found[:1])
 
 
 def a_worker(cluster: Hosts, dead: list[int]) -> bool:
     found = cluster.processes("RayTrainWorker")
-    if found:
-        found[-1].kill()
-    return bool(found)
+    return killed(found[-1:])
+
+
+def killed(processes: Sequence[psutil.Process]) -> bool:
+    """Whether there was one to kill."""
+    with suppress(psutil.NoSuchProcess):
+        for process in processes:
+            process.kill()
+        return bool(processes)
+    return False
 
 
 def a_host(cluster: Hosts, dead: list[int]) -> bool:
