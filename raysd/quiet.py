@@ -27,6 +27,9 @@ ENVIRONMENT = {
 LEFT_OUT = ("bitsandbytes", "mlflow")
 """Packages that diffusers and DeepSpeed import, and we only where a spec asks for them."""
 
+LOOKING = ("accelerate", "deepspeed", "diffusers", "peft", "transformers")
+"""Packages that look for those once, when they are imported."""
+
 
 def quiet_libraries() -> None:
     """Set before the libraries are imported; processes started from here inherit it. What the user set stays."""
@@ -45,6 +48,8 @@ def import_quickly() -> None:
     of it, cannot be found until `bring_in`.
     """
     gc.set_threshold(100_000, 20, 50)
+    if any(name in sys.modules for name in LOOKING):  # they have looked already, and would miss what they found
+        return
     for name in LEFT_OUT:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
