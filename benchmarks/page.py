@@ -69,7 +69,7 @@ def _section(result: Mapping[str, Any]) -> str:
 def _soaks(body: Mapping[str, Any]) -> str:
     """The last pass of each long test."""
     columns = ["test", "passed on", "commit", "minutes", "found"]
-    return f"## make soak\n\nOn {_machine({'hardware': body['hardware']})}:\n\n{_table(columns, soaks.rows(body))}"
+    return f"## make soak\n\nOn {_machine(body)}:\n\n{_table(columns, soaks.rows(body))}"
 
 
 def _judged(target: Mapping[str, Any]) -> list[str]:

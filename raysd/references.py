@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raysd.errors import IntegrityError, NotFound, RequestError
-from raysd.models import BESIDE, Family, family_of
+from raysd.models import INDEX, Family, components, family_of, is_part
 from raysd.registry import Registry, Version
 from raysd.storage import Storage, sha256_of
-
-INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -57,29 +55,21 @@ def locate(ref: str, storage: Storage) -> Located:
     return _registered(Registry(storage).resolve(ref), storage)
 
 
-def identity(folder: Path, *components: str) -> str:
+def identity(folder: Path, *only: str) -> str:
     """sha256 over the names and bytes of a model's files (of the named components, or all): what it is, wherever it lies.
 
     What is no part of the model does not count: other files beside it, a safety checker, weights of another precision.
     """
-    roots = [folder / component for component in components or _components(folder)]
-    files = [path for root in roots for path in root.rglob("*")] + ([] if components else [folder / INDEX])
+    files = [path for name in only or components(folder) for path in (folder / name).rglob("*")]
+    files += [] if only else [folder / INDEX]
     lines = [
-        f"{path.relative_to(folder).as_posix()} {sha256_of(path.resolve())}"
-        for path in sorted(files)
-        if path.is_file() and path.suffix in (".json", ".txt", ".safetensors") and ".fp16." not in path.name
+        f"{path.relative_to(folder).as_posix()} {sha256_of(path.resolve())}" for path in sorted(files) if is_part(path)
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _components(folder: Path) -> list[str]:
-    """The folders of the model's parts."""
-    index = json.loads((folder / INDEX).read_text())
-    return [name for name, value in index.items() if isinstance(value, list) and name not in BESIDE]
-
-
 def _refuse_pickles(folder: Path) -> None:
-    for name in _components(folder):
+    for name in components(folder):
         if list(folder.glob(f"{name}/*.bin")) and not list(folder.glob(f"{name}/*.safetensors")):
             raise RequestError(
                 f"{folder}: {name} has pickled weights (.bin) alone, which are not loaded; convert them: "

@@ -11,7 +11,7 @@ from torch import Tensor
 from raysd.config.training import FullSpec, TrainingSpec
 from raysd.errors import IntegrityError
 from raysd.methods.base import Batch, TrainedModule, denoising_loss, published_dtype
-from raysd.models import BESIDE, Family, NoiseSchedule
+from raysd.models import BESIDE, INDEX, Family, NoiseSchedule, components, is_part
 
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 
@@ -45,15 +45,12 @@ class Full:
 
 def copy_model(base: Path, out: Path) -> None:
     """Copy a diffusers folder: model_index.json and the components it names, without the safety checker."""
-    index = json.loads((base / "model_index.json").read_text())
+    index = json.loads((base / INDEX).read_text())
     left_out = {name: [None, None] for name in BESIDE if name in index}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "model_index.json").write_text(json.dumps({**index, **left_out}, indent=2) + "\n")
-    for path in sorted(base.glob("*/*")):
-        component = path.parent.name
-        if component in index and component not in left_out and path.suffix in (".json", ".txt", ".safetensors"):
-            if ".fp16." in path.name:
-                continue
+    (out / INDEX).write_text(json.dumps({**index, **left_out}, indent=2) + "\n")
+    for component in components(base):
+        for path in filter(is_part, sorted((base / component).glob("*"))):
             (out / component).mkdir(exist_ok=True)
             shutil.copyfile(path, out / component / path.name)
 

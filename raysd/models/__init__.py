@@ -8,20 +8,32 @@ from raysd.models.base import Family, NoiseSchedule
 from raysd.models.sd import StableDiffusion
 
 FAMILIES: dict[str, Family] = {"sd": StableDiffusion()}
+INDEX = "model_index.json"
 BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
 """Components of a pipeline that neither train nor draw."""
+
+
+def components(folder: Path) -> list[str]:
+    """The folders of a model's parts, as its index names them."""
+    index = json.loads((folder / INDEX).read_text())
+    return [name for name, value in index.items() if isinstance(value, list) and name not in BESIDE]
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file in one of them is the model's: configuration, vocabulary, weights (not those of another precision)."""
+    return path.is_file() and path.suffix in (".json", ".txt", ".safetensors") and ".fp16." not in path.name
 
 
 def family_of(folder: Path) -> Family:
     """The family of a diffusers folder, by the pipeline class its model_index.json names. Raises RequestError."""
     try:
-        pipeline = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        pipeline = json.loads((folder / INDEX).read_text())["_class_name"]
     except (OSError, ValueError, KeyError):
-        raise RequestError(f"{folder}: not a diffusers model (no readable model_index.json)") from None
+        raise RequestError(f"{folder}: not a diffusers model (no readable {INDEX})") from None
     for family in FAMILIES.values():
         if pipeline in family.pipelines:
             return family
     raise RequestError(f"{folder}: {pipeline} is not supported; supported families: {', '.join(FAMILIES)}")
 
 
-__all__ = ["BESIDE", "FAMILIES", "Family", "NoiseSchedule", "family_of"]
+__all__ = ["BESIDE", "FAMILIES", "INDEX", "Family", "NoiseSchedule", "components", "family_of", "is_part"]

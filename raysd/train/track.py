@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,7 +104,7 @@ class Trackers:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self.trackers:
-            self._try(tracker, lambda tracker=tracker: tracker.log(step, values))  # type: ignore[misc]
+            self._try(tracker, partial(tracker.log, step, values))
 
     def close(self) -> None:
         for tracker in self.trackers:

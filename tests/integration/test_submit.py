@@ -178,9 +178,8 @@ def test_the_commands_own_process_runs_where_it_was_asked_to(place):
     assert "expected NAME=VALUE" in refused(place.run("submit", "--entry-label", "room", "--", "runs", "list"))
     nowhere = json_of(place.run("submit", "--json", "--entry-label", "room=cellar", "--", "runs", "list"))
     time.sleep(5)
-    assert (
-        place.job(nowhere["id"])["status"] == "pending"
-    )  # until Ray gives up, as it cannot be stopped before it starts
+    # Until Ray gives up, as it cannot be stopped before it starts.
+    assert place.job(nowhere["id"])["status"] == "pending"
 
 
 def test_this_folder_goes_along_without_its_secrets(place, tiny_pictures, tmp_path, monkeypatch):

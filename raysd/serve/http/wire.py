@@ -105,7 +105,7 @@ def drawing(asked: Wire, spec: HttpSpec, **more: Any) -> Drawing:
     described = set(Drawing.model_fields) - {"image", "mask"}  # which are digests there
     values = {inside: getattr(asked, name) for inside, name in names.items() if inside in described}
     values = {"seed": secrets.randbelow(2**32)} | {n: v for n, v in (values | more).items() if v is not None}
-    if "num_inference_steps" not in asked.model_fields_set or getattr(asked, "num_inference_steps", None) is None:
+    if "num_inference_steps" not in asked.model_fields_set or "steps" not in values:  # left out, or null
         values["steps"] = min(Drawing.model_fields["steps"].default, spec.most_steps)
     if "width" in more:
         names |= {"width": "size", "height": "size"}
