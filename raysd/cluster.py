@@ -3,9 +3,10 @@
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from raysd.config.training import ScaleSpec
-from raysd.errors import RequestError
+from raysd.errors import RaysdError, RequestError
 from raysd.quiet import quiet_libraries
 
 GROWS_TO = "RAYSD_CLUSTER_RESOURCES"
@@ -40,13 +41,30 @@ def join(most_workers: int) -> None:
         else:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")
             os.environ.setdefault(PREEMPTION_WATCHER, "0")  # nobody takes this machine away
-            cpus = max(os.cpu_count() or 1, most_workers)
+            cpus = _own_cpus(most_workers)
             ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise RequestError(f"RAY_ADDRESS {address or '(local)'}: no Ray cluster: {reason}") from None
     for name in ("ray", "ray.train", "ray.data", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def result(reference: Any, what: str) -> Any:
+    """What a task or an actor returned. Raises our own error that it raised, else RaysdError that `what` failed."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, RaysdError):
+            raise error.cause from None
+        raise RaysdError(f"{what} failed: {(str(error.cause).splitlines() or [''])[0][:200]}") from error
+    except RayError as error:
+        raise RaysdError(
+            f"{what} failed: its workers died ({type(error).__name__}); what was done is kept: the same command goes on"
+        ) from error
 
 
 def capacity() -> dict[str, float]:
@@ -68,8 +86,13 @@ def capacity() -> dict[str, float]:
 
 
 def allot(scale: ScaleSpec) -> Allotment:
-    """Resources of a worker. Raises RequestError naming the field that asks for more than the cluster may ever have."""
-    resources = capacity()
+    """Resources of a worker; before `join`, those on the local cluster that it would start.
+
+    Raises RequestError naming the field that asks for more than the cluster may ever have.
+    """
+    import ray
+
+    resources = capacity() if ray.is_initialized() else _own(scale.most_workers)
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     fewest = scale.workers if isinstance(scale.workers, int) else scale.workers[0]
     use_gpu = gpus >= fewest if scale.gpus is None else scale.gpus
@@ -79,6 +102,16 @@ def allot(scale: ScaleSpec) -> Allotment:
     if each * fewest > cpus:
         raise RequestError(f"scale.workers {fewest} with {each} CPUs each: this cluster has {cpus} CPUs{_advice()}")
     return Allotment(each, int(use_gpu))
+
+
+def _own(most_workers: int) -> dict[str, float]:
+    import torch
+
+    return {"CPU": _own_cpus(most_workers), "GPU": torch.cuda.device_count()}
+
+
+def _own_cpus(most_workers: int) -> int:
+    return max(os.cpu_count() or 1, most_workers)
 
 
 def _advice() -> str:

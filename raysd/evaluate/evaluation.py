@@ -15,7 +15,7 @@ from raysd.data.dataset import Dataset, prepare
 from raysd.errors import RequestError
 from raysd.evaluate.features import Extractor, Matcher, extractor, matcher
 from raysd.evaluate.judging import By, Drawn, Reference, Score, difference, judge
-from raysd.evaluate.losses import Errors, Meter, losses
+from raysd.evaluate.losses import Errors, Meter, loss_terms, losses
 from raysd.evaluate.pictures import Album, draw_album, model_digest
 from raysd.evaluate.prompts import BUNDLED, Prompt, read_prompts, unique
 from raysd.evaluate.records import Evaluation, Judged, Neighbour
@@ -74,6 +74,7 @@ class _Work:
         self.by = By(by_features.name, compare.name, compare.scale)
 
     def run(self, located: Sequence[Located]) -> Evaluation:
+        self.alike = len({loss_terms(model) for model in located}) == 1
         self.texts = self.compare.texts([prompt.text for prompt in self.prompts])
         errors = [self._errors(model) for model in located]
         self.reference = self._reference()
@@ -161,7 +162,7 @@ class _Work:
             return ()
         one, two = (clip_scores(each.images, each.texts) for each in drawn)
         found = [difference("clip_score", one, two, "higher", self.by.matcher, self.spec.seed)]
-        if errors[0] is not None and errors[1] is not None:
+        if self.alike and errors[0] is not None and errors[1] is not None:
             held = [_per_picture(each[0]) for each in errors if each is not None]
             found.append(difference("validation_loss", held[0], held[1], "lower", "", self.spec.seed))
         return tuple(found)
@@ -182,6 +183,12 @@ class _Work:
             found.append(
                 "CLIP score by the bundled judge, which knows simple shapes alone: give --clip for other pictures"
             )
+        if not self.alike:
+            found.append("validation losses are not compared: the models predict different things, or at another scale")
+        if self.dataset is not None and not self.dataset.validation:
+            found.append("no losses: no picture of the data is held out (data.validation)")
+        if self.spec.count <= len(self.prompts):
+            found.append(f"no diversity: no prompt has two pictures (give --count above {len(self.prompts)})")
         if self.dataset is None:
             found.append("no data: no losses, FID, KID, precision, recall or nearest training pictures (give --data)")
         elif len(self.dataset.train) + len(self.dataset.validation) > MOST:

@@ -117,8 +117,9 @@ def _distances(features: Tensor, reference: Reference, by: By, seed: int) -> lis
     real = reference.vectors
     n = min(len(features), len(real) // 2)
     if n >= 2:
-        order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
-        value = scores.fid(real[order[:n]], features[:n])
+        chooser = torch.Generator().manual_seed(seed)
+        chosen = [torch.randperm(len(each), generator=chooser)[:n] for each in (real, features)]
+        value = scores.fid(real[chosen[0]], features[chosen[1]])
         null = scores.null_band(real, n, scores.fid, BAND_REPEATS, seed)
         note = f"n below the {real.shape[1]} features: read KID" if n < real.shape[1] else ""
         found.append(Score("fid", value, n, "lower", by.features, null=null, note=note))

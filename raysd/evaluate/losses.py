@@ -92,6 +92,12 @@ class Meter:
         return torch.cat(latents), torch.cat(text)
 
 
+def loss_terms(located: Located) -> tuple[object, ...]:
+    """What a model's loss is the error of, and on which scale: losses of models that differ here do not compare."""
+    schedule = located.family.noise_schedule(located.folder)
+    return (schedule.prediction, *located.family.latent_scale(located.folder))
+
+
 def losses(validation: Errors, train: Errors | None, seed: int = 0) -> Losses:
     """Sum up the errors of held-out pictures and, where there are any, of training pictures measured the same way."""
     per_picture = validation.mean(axis=(1, 2))

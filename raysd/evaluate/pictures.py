@@ -18,7 +18,6 @@ from PIL import Image
 
 from raysd.config.evaluation import EvaluationSpec
 from raysd.draw import Request, draw_batch, open_pipeline, png
-from raysd.errors import RaysdError
 from raysd.evaluate.kept import ROOT
 from raysd.evaluate.prompts import Prompt
 from raysd.references import Located, identity, locate
@@ -161,27 +160,10 @@ def _on_ray(chunks: Sequence[Chunk], album: Album, spec: EvaluationSpec) -> Iter
             [first], _ = ray.wait(list(running), num_returns=1)
             painter = running.pop(first)
             start(painter)
-            yield _result(first)
+            yield cluster.result(first, "drawing")
     finally:
         for painter in painters:
             ray.kill(painter)
-
-
-def _result(reference: Any) -> int:
-    """What a worker returned, or our own error that it raised."""
-    import ray
-    from ray.exceptions import RayError, RayTaskError
-
-    try:
-        return int(ray.get(reference))
-    except RayTaskError as error:
-        if isinstance(error.cause, RaysdError):
-            raise error.cause from None
-        raise RaysdError(f"drawing failed: {(str(error.cause).splitlines() or [''])[0][:200]}") from error
-    except RayError as error:
-        raise RaysdError(
-            f"drawing failed: its workers died ({type(error).__name__}); what was drawn is kept: the same command goes on"
-        ) from error
 
 
 def _request(prompts: Sequence[Prompt], spec: EvaluationSpec, number: int) -> Request:

@@ -28,7 +28,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
     Raises NotFound, or RequestError naming file and line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other line ends: JSON holds some of them
     except FileNotFoundError:
         raise NotFound(f"prompts {path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:

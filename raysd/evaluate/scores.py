@@ -16,6 +16,8 @@ KID_SUBSETS = 100
 KID_SIZE = 1000
 """As in the paper where there are so many pictures; else half of them, so that the subsets differ."""
 IS_SPLITS = 10
+ROWS = 512
+"""Of a matrix of distances that are in memory at once."""
 
 
 def fid(real: Tensor, generated: Tensor) -> float:
@@ -89,10 +91,7 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[NDArr
     if min(len(real), len(generated)) <= k:
         raise ValueError(f"precision and recall need more than {k} pictures of each kind")
     one, two = real.double(), generated.double()
-    between = _distances(one, two)
-    precision = (between <= _radii(one, k)[:, None]).any(0)
-    recall = (between <= _radii(two, k)[None, :]).any(1)
-    return precision.numpy(), recall.numpy()
+    return _within(two, one, _radii(one, k)).numpy(), _within(one, two, _radii(two, k)).numpy()
 
 
 def diversity(features: Tensor, prompts: Sequence[int]) -> NDArray[np.float64]:
@@ -162,7 +161,12 @@ def _distances(one: Tensor, two: Tensor) -> Tensor:
 
 def _radii(features: Tensor, k: int) -> Tensor:
     """Distance of each picture to its k-th neighbour; the first in the row is itself. [N]"""
-    return _distances(features, features).kthvalue(k + 1, dim=1).values
+    return torch.cat([_distances(rows, features).kthvalue(k + 1, dim=1).values for rows in features.split(ROWS)])
+
+
+def _within(points: Tensor, centres: Tensor, radii: Tensor) -> Tensor:
+    """For each point whether it lies within the radius of some centre. [N, D], [M, D], [M] -> [N]"""
+    return torch.cat([(_distances(rows, centres) <= radii).any(1) for rows in points.split(ROWS)])
 
 
 def _seeded(compute: Callable[[], Any], seed: int) -> Any:

@@ -1,9 +1,13 @@
 """What the driver sees of its trials: who was stopped, what is spent, and a line for the person who waits."""
 
+import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -17,6 +21,10 @@ from raysd.tune import records
 from raysd.tune.records import cost_of
 from raysd.tune.space import key_of, short
 from raysd.tune.trial import OVER, WORST
+
+LOOK_SECONDS = 5.0
+"""Between two looks at what the trials have cost: each reads all their records."""
+DIED = "its process died too often"
 
 
 class Unsaved:
@@ -32,6 +40,7 @@ class Budget(Unsaved, tune.Stopper):
     def __init__(self, budget: BudgetSpec, store: Storage, before: float):
         self.budget, self.store, self.before = budget, store, before
         self.began = time.monotonic()
+        self.looked = -math.inf
         self.spent: str | None = None
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -46,12 +55,15 @@ class Budget(Unsaved, tune.Stopper):
         budget = self.budget
         if budget.hours is not None and self.before + time.monotonic() - self.began >= 3600 * budget.hours:
             return "budget.hours"
-        if budget.gpu_hours is None and budget.money is None:
+        early = time.monotonic() - self.looked < LOOK_SECONDS
+        if early or (budget.gpu_hours is None and budget.money is None):
             return None
-        found = records.trials(self.store)
-        if budget.gpu_hours is not None and sum(t.seconds * t.gpus for t in found) >= 3600 * budget.gpu_hours:
+        found, now = records.trials(self.store), time.time()
+        self.looked = time.monotonic()
+        gpu_hours = sum(trial.seconds_by(now) * trial.gpus for trial in found) / 3600
+        if budget.gpu_hours is not None and gpu_hours >= budget.gpu_hours:
             return "budget.gpu_hours"
-        hours = sum(trial.seconds * trial.workers for trial in found) / 3600
+        hours = sum(trial.seconds_by(now) * trial.workers for trial in found) / 3600
         if budget.money is not None and budget.price is not None and hours * budget.price >= budget.money:
             return "budget.money"
         return None
@@ -60,8 +72,8 @@ class Budget(Unsaved, tune.Stopper):
 class Progress(Unsaved, Callback):
     """Notes what was stopped, tells the watcher, and lets SIGTERM end a search as Ctrl-C does."""
 
-    def __init__(self, spec: SearchSpec, budget: Budget, watch: Watch, stopped: set[str], lost: threading.Event):
-        self.spec, self.budget, self.watch, self.stopped, self.lost = spec, budget, watch, stopped, lost
+    def __init__(self, spec: SearchSpec, budget: Budget, watch: Watch, store: Storage, lost: threading.Event):
+        self.spec, self.budget, self.watch, self.store, self.lost = spec, budget, watch, store, lost
         self.done = 0
 
     def setup(self, **info: Any) -> None:
@@ -76,7 +88,7 @@ class Progress(Unsaved, Callback):
         result = trial.last_result or {}
         self.done += 1
         if not result.get(OVER) and self.budget.spent is None:
-            self.stopped.add(key_of(trial.config))
+            records.mark_stopped(self.store, key_of(trial.config))
         shown = "  ".join(f"{path} {short(value)}" for path, value in trial.config.items())
         metric = self.spec.objective[0]
         cost = result.get(metric)
@@ -85,7 +97,24 @@ class Progress(Unsaved, Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.done += 1
-        self.watch({"kind": "trial", "text": f"trial {self.done}/{self.spec.trials}: its process died too often"})
+        record = records.read_trial(self.store, key_of(trial.config))
+        if record is not None and record.status not in records.WHOLE:
+            records.write_trial(self.store, replace(record, status="failed", reason=DIED))
+        self.watch({"kind": "trial", "text": f"trial {self.done}/{self.spec.trials}: {DIED}"})
+
+
+@contextmanager
+def signals_given_back() -> Iterator[None]:
+    """Ray Tune and `Progress` take over how a process ends, and do not give it back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 def end_search() -> None:

@@ -14,13 +14,15 @@ from raysd.lease import holder
 from raysd.storage import Storage
 from raysd.train.runs import NAME
 
-Status = Literal["running", "interrupted", "finished", "stopped", "failed"]
-"""Of a trial: `stopped` by the scheduler or the budget, `interrupted` with the search."""
+Status = Literal["running", "interrupted", "finished", "stopped", "cut", "failed"]
+"""Of a trial: `stopped` by the scheduler, `cut` by the budget, `interrupted` with the search."""
 SEARCH = "search.json"
 PLAN = "plan"
 LEASE = "lease.json"
 WHOLE = ("finished", "stopped", "failed")
 """What is never run again."""
+WORSE = "worse than others by then"
+"""Why the scheduler stopped a trial."""
 
 
 def cost_of(metric: str, value: float) -> float:
@@ -44,6 +46,7 @@ class TrialRecord:
     reports: tuple[dict[str, float], ...] = ()
     started: float = field(default_factory=time.time)
     seconds: float = 0.0  # of the clock, from the start of the trial to its end, over all attempts
+    written: float = field(default_factory=time.time)  # when `seconds` was so much
     workers: int = 1
     gpus: int = 0  # of all its workers together
 
@@ -59,6 +62,10 @@ class TrialRecord:
         found = [(metric, self.best(metric)) for metric in objective]
         costs = [cost_of(metric, value) for metric, value in found if value is not None]
         return costs if len(costs) == len(found) else None
+
+    def seconds_by(self, now: float) -> float:
+        """Of the clock, those since the last write of a trial that runs included."""
+        return self.seconds + (max(0.0, now - self.written) if self.status == "running" else 0.0)
 
     @property
     def epochs(self) -> float:
@@ -78,6 +85,11 @@ class SearchRecord:
     seconds: float = 0.0
     nodes: tuple[tuple[float, int], ...] = ()  # (seconds since the start, nodes alive), where the number changed
     versions: tuple[str, ...] = ()
+
+    @property
+    def published(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.status == "finished" and bool(self.versions)
 
     def search_spec(self) -> SearchSpec:
         return load(SearchSpec, self.spec, self.name)
@@ -116,15 +128,23 @@ def write(store: Storage, record: SearchRecord) -> SearchRecord:
 
 def trials(store: Storage) -> list[TrialRecord]:
     """All trials, in the order they began."""
-    found = [_trial(store.read(entry.path)) for entry in store.list("trials") if entry.path.endswith(".json")]
+    bodies = [store.read(entry.path) for entry in store.list("trials") if entry.path.endswith(".json")]
+    stopped = {entry.path for entry in store.list("stopped")}
+    found = [_as_stopped(trial) if _mark(trial.key) in stopped else trial for trial in map(_trial, bodies)]
     return sorted(found, key=lambda trial: (trial.started, trial.key))
 
 
 def read_trial(store: Storage, key: str) -> TrialRecord | None:
     try:
-        return _trial(store.read(f"trials/{key}.json"))
+        trial = _trial(store.read(f"trials/{key}.json"))
     except NotFound:
         return None
+    return _as_stopped(trial) if store.exists(_mark(key)) else trial
+
+
+def mark_stopped(store: Storage, key: str) -> None:
+    """The scheduler has stopped that trial. A file of its own: the trial's process may still write the trial's."""
+    store.write(_mark(key), b"{}")
 
 
 def write_trial(store: Storage, trial: TrialRecord) -> TrialRecord:
@@ -139,14 +159,25 @@ def ranked(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[Trial
 
 
 def front(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[TrialRecord]:
-    """The finished trials that no other finished one beats: as good in every metric and better in one (Pareto)."""
-    whole = ranked([trial for trial in found if trial.status == "finished"], objective)
+    """The trials that no other beats: as good in every metric and better in one (Pareto).
+
+    Of those that finished, and of those that the budget cut short after they had reported all of the objective.
+    """
+    whole = ranked([trial for trial in found if trial.status in ("finished", "cut")], objective)
     points = [trial.costs(objective) or [] for trial in whole]
 
     def beaten(mine: list[float]) -> bool:
         return any(all(a <= b for a, b in zip(other, mine, strict=True)) and other != mine for other in points)
 
     return [trial for trial, point in zip(whole, points, strict=True) if not beaten(point)]
+
+
+def _mark(key: str) -> str:
+    return f"stopped/{key}.json"
+
+
+def _as_stopped(trial: TrialRecord) -> TrialRecord:
+    return trial if trial.status in WHOLE else replace(trial, status="stopped", reason=WORSE)
 
 
 def _trial(body: bytes) -> TrialRecord:

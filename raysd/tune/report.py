@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysd import plots
-from raysd.config import SearchSpec
+from raysd.config import SearchSpec, TrainingSpec, override
 from raysd.config.search import Choice, LogUniform
 from raysd.tune import records
 from raysd.tune.records import SearchRecord, TrialRecord, cost_of
@@ -40,19 +40,28 @@ class Cost:
 
 def cost(record: SearchRecord, found: Sequence[TrialRecord]) -> Cost:
     spec = record.search_spec()
-    states = {status: sum(trial.status == status for trial in found) for status in (*records.WHOLE, "interrupted")}
-    longest = max((trial.epochs for trial in found if trial.status == "finished"), default=0.0)
+    states = {status: sum(trial.status == status for trial in found) for status in get_args(records.Status)}
+    training = record.training_spec()
     worker_hours = sum(trial.seconds * trial.workers for trial in found) / 3600
     price = spec.budget.price
     return Cost(
         trials={status: count for status, count in states.items() if count},
         epochs=sum(trial.epochs for trial in found),
-        saved=sum(max(0.0, longest - trial.epochs) for trial in found if trial.status == "stopped"),
+        saved=sum(max(0.0, _planned(trial, training) - trial.epochs) for trial in found if trial.status == "stopped"),
         worker_hours=worker_hours,
         gpu_hours=sum(trial.seconds * trial.gpus for trial in found) / 3600,
         money=None if price is None else worker_hours * price,
         hours=record.seconds / 3600,
     )
+
+
+def _planned(trial: TrialRecord, training: TrainingSpec) -> float:
+    """Epochs that the trial would have had."""
+    spec = override(training, trial.values)
+    if spec.optim.epochs is not None:
+        return spec.optim.epochs
+    last = trial.reports[-1] if trial.reports else {"step": 0.0, "epoch": 0.0}
+    return (spec.optim.steps or 0) * last["epoch"] / last["step"] if last["step"] else 0.0
 
 
 def importances(spec: SearchSpec, found: Sequence[TrialRecord]) -> dict[str, float]:
@@ -71,7 +80,7 @@ def importances(spec: SearchSpec, found: Sequence[TrialRecord]) -> dict[str, flo
         study.add_trial(
             optuna.create_trial(
                 params={path: _plain(trial.values[path]) for path in varied},
-                distributions={path: space[path] for path in varied},
+                distributions={path: _plain_choices(space[path]) for path in varied},
                 value=cost_of(metric, trial.best(metric) or 0.0),
             )
         )
@@ -186,4 +195,13 @@ def _counted(domain: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    """Optuna knows no lists."""
+    return str(value) if isinstance(value, list | tuple | dict) else value
+
+
+def _plain_choices(found: Any) -> Any:
+    from optuna.distributions import CategoricalDistribution
+
+    if not isinstance(found, CategoricalDistribution):
+        return found
+    return CategoricalDistribution([_plain(value) for value in found.choices])

@@ -17,10 +17,11 @@ from raysd.evaluate import scores
 from raysd.evaluate.features import Extractor, Matcher, extractor, matcher
 from raysd.evaluate.prompts import Prompt, read_prompts, unique
 from raysd.evaluate.reference import MOST, extract, plain_crop
-from raysd.references import Located
+from raysd.references import Located, locate
 from raysd.seeding import seed_of
 from raysd.storage import Storage
-from raysd.train.plan import Plan
+from raysd.train import runs
+from raysd.train.plan import Plan, base_of
 from raysd.train.publish import chosen_checkpoint, write_files
 
 
@@ -47,15 +48,18 @@ def reference(spec: SearchSpec, plan: Plan, side: int) -> NDArray[np.float32] | 
     return found
 
 
-def score(
+def score_run(
     spec: SearchSpec,
     training: TrainingSpec,
-    base: Located,
-    run: Storage,
+    root: str,
+    name: str,
     prompts: Sequence[Prompt],
     real: NDArray[np.float32] | None,
 ) -> dict[str, float]:
-    """The metrics of the objective that need pictures, of the weights that the run would publish."""
+    """The metrics of the objective that need pictures, of the weights that run `name` would publish. In any process."""
+    storage = Storage(root)
+    run = runs.storage_of(storage, name)
+    base = locate(base_of(training, Plan.load(run)), storage)
     by, compare = _judges(spec)
     requests = _requests(spec, prompts)
     with tempfile.TemporaryDirectory(prefix="raysd-") as scratch:

@@ -4,13 +4,13 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raysd import cluster
 from raysd.config import SearchSpec, TrainingSpec, override
+from raysd.config.search import BudgetSpec
 from raysd.config.training import ScaleSpec
 from raysd.errors import LeaseLost, NotFound, RequestError, SpecError, TrainingFailed
 from raysd.evaluate.prompts import Prompt
@@ -18,7 +18,7 @@ from raysd.lease import Lease
 from raysd.references import locate
 from raysd.registry import Version
 from raysd.storage import Storage
-from raysd.train import runs
+from raysd.train import checkpoint, runs
 from raysd.train.launch import Watch, fill_caches, plan_for, train
 from raysd.train.plan import Plan, base_of, total_steps
 from raysd.train.publish import publish
@@ -26,7 +26,7 @@ from raysd.tune import records
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord
 from raysd.tune.scoring import prompts_of, reference
-from raysd.tune.space import check_choices, check_space, grid_points, optuna_space, ray_space
+from raysd.tune.space import check_choices, check_space, corners, grid_points, optuna_space, ray_space
 
 DRIVER_MEMORY = 400 * 2**20
 """Of a trial's own process, bytes: it asks for no CPU, so that its workers can have them all."""
@@ -60,7 +60,7 @@ def search(
     """
     store = records.storage_of(root, name)
     existing = _existing(root, name, spec, training)
-    if existing is not None and existing.status == "finished" and existing.versions and not retrain:
+    if existing is not None and existing.search_spec() == spec and existing.published and not retrain:
         found = records.trials(store)
         return Outcome(existing, found, records.front(found, spec.objective))
     check_space(spec, training)
@@ -76,13 +76,16 @@ def search(
     watch({"kind": "phase", "text": "starting Ray"})
     cluster.join(max(scale.most_workers for scale in scales(spec, training)))
     room = room_for(spec, training)
+    if spec.budget.gpu_hours is not None and not room.gpus:
+        raise RequestError("budget.gpu_hours: trials have no GPU on this cluster; use budget.hours or budget.money")
     lease = Lease.acquire(store, LEASE)
     lost = threading.Event()
     lease.start(lambda reason: lost.set())
     try:
         if not existing:
             plan.save(store.child(records.PLAN))
-        body = existing or SearchRecord(name, spec.model_dump(mode="json"), training.model_dump(mode="json"))
+        body = existing or SearchRecord(name, {}, training.model_dump(mode="json"))
+        body = replace(body, spec=spec.model_dump(mode="json"))
         pinned = training.model_copy(update={"base": located.ref})
         return Driver(spec, pinned, body, root, store, plan, prompts, room, watch, lost).run(retrain)
     finally:
@@ -110,8 +113,8 @@ def room_for(spec: SearchSpec, training: TrainingSpec) -> Room:
 def scales(spec: SearchSpec, training: TrainingSpec) -> list[ScaleSpec]:
     """What trials may ask of the cluster: the recipe's scale with each combination of the space's extremes."""
     found = []
-    for changes in _corners(spec, [path for path in spec.space if path.startswith("scale.")]):
-        with suppress(SpecError):  # a combination that is none: its trial says so
+    for changes in corners(spec, [path for path in spec.space if path.startswith("scale.")]):
+        with suppress(SpecError):  # only with other values of the space beside it
             found.append(override(training.scale, {path.removeprefix("scale."): v for path, v in changes.items()}))
     return found or [training.scale]
 
@@ -147,7 +150,6 @@ class Driver:
     ):
         self.spec, self.training, self.record, self.root, self.store = spec, training, record, root, store
         self.plan, self.prompts, self.room, self.watch, self.lost = plan, prompts, room, watch, lost
-        self.stopped: set[str] = set()  # keys that the scheduler or the budget stopped
 
     def run(self, retrain: bool) -> Outcome:
         fill_caches(self.plan, self.root, self.training, self.watch)
@@ -165,13 +167,21 @@ class Driver:
         found = records.trials(self.store)
         if ended_by == INTERRUPTED:
             return self._outcome("interrupted", ended_by, found, ())
-        best = records.front(found, self.spec.objective)
+        best = self._best(found)
         if not best:
             reasons = {trial.reason for trial in found if trial.status == "failed"}
             self._outcome("finished", "no trial finished", found, ())
             raise TrainingFailed(f"search {self.record.name}: no trial finished\n{next(iter(reasons), '')}".strip())
-        versions = [self._publish(trial, self._retrain(trial) if retrain else trial.run) for trial in best]
+        versions = [
+            self._publish(trial, self._retrain(trial) if retrain else trial.run, alias=trial is best[0])
+            for trial in best
+        ]
         return self._outcome("finished", ended_by, found, tuple(v for v in versions if v))
+
+    def _best(self, found: list[TrialRecord]) -> list[TrialRecord]:
+        """The front, of the trials that left weights: one that was cut short may have ended before its checkpoint."""
+        kept = [trial for trial in found if checkpoint.latest(runs.storage_of(self.root, trial.run)) is not None]
+        return records.front(kept, self.spec.objective)
 
     def _see_nodes_leave(self, outcome: Outcome) -> Outcome:
         """All is done and written; what is left is to see that the nodes that came are not kept."""
@@ -187,7 +197,7 @@ class Driver:
         self.record = records.write(
             self.store, replace(self.record, status=status, ended_by=ended_by, versions=versions, nodes=nodes)
         )
-        return Outcome(self.record, found, records.front(found, self.spec.objective))
+        return Outcome(self.record, found, self._best(found))
 
     def _tune_and_count(self) -> str:
         """The same, its seconds added to the record's."""
@@ -201,7 +211,7 @@ class Driver:
         """Run the trials; what ended them: "trials" (all are over), the budget's field, or INTERRUPTED."""
         from ray import tune
 
-        from raysd.tune.follow import Budget, Progress
+        from raysd.tune.follow import Budget, Progress, signals_given_back
         from raysd.tune.trial import Job, SearchTrial
 
         training = override(self.training, {"scale.cpus": self.room.cpus})
@@ -218,8 +228,8 @@ class Driver:
             real=self.real,
         )
         budget = Budget(self.spec.budget, self.store, self.record.seconds)
-        progress = Progress(self.spec, budget, self.watch, self.stopped, self.lost)
-        with tempfile.TemporaryDirectory(prefix="raysd-tune-") as scratch:
+        progress = Progress(self.spec, budget, self.watch, self.store, self.lost)
+        with tempfile.TemporaryDirectory(prefix="raysd-tune-") as scratch, signals_given_back():
             tuner = tune.Tuner(
                 tune.with_resources(
                     tune.with_parameters(SearchTrial, job=job),
@@ -279,7 +289,7 @@ class Driver:
         """The longest that a trial can take."""
         pictures = len(self.plan.train)
         longest = 0.0
-        for changes in _corners(self.spec, ("optim.steps", "optim.epochs", "optim.batch_size")):
+        for changes in corners(self.spec, ("optim.steps", "optim.epochs", "optim.batch_size")):
             spec = override(self.training, changes)
             longest = max(longest, total_steps(spec, pictures) * spec.optim.batch_size / pictures)
         return longest
@@ -288,25 +298,26 @@ class Driver:
         return not any(path == "base" or path == "seed" or path.startswith("data.") for path in self.spec.space)
 
     def _settle(self, ended_by: str) -> None:
-        """Say of each trial that the scheduler or the budget stopped that it is over."""
+        """Say of each trial that the budget cut short, or that nobody runs any more, what it is."""
         for trial in records.trials(self.store):
             if trial.status not in ("running", "interrupted"):
                 continue
-            if trial.key in self.stopped:
-                records.write_trial(self.store, replace(trial, status="stopped", reason="worse than others by then"))
-            elif ended_by not in ("trials", INTERRUPTED):
-                records.write_trial(self.store, replace(trial, status="stopped", reason=f"{ended_by} is spent"))
+            if ended_by not in ("trials", INTERRUPTED):
+                records.write_trial(self.store, replace(trial, status="cut", reason=f"{ended_by} is spent"))
             elif trial.status == "running":
                 records.write_trial(self.store, replace(trial, status="interrupted"))
 
-    def _publish(self, trial: TrialRecord, name: str) -> str | None:
-        """The best weights of that run, the trial's own or its settings' on all pictures, as `publish.model` of the recipe."""
+    def _publish(self, trial: TrialRecord, name: str, alias: bool) -> str | None:
+        """The best weights of that run, the trial's own or its settings' on all pictures, as `publish.model` of the recipe.
+
+        With `alias` the recipe's alias points there.
+        """
         run = runs.storage_of(self.root, name)
         record = runs.read(self.root, name)
-        spec = override(
-            record.training_spec(), {"publish.model": self._model(), "publish.alias": self.training.publish.alias}
-        )
-        origin = {"search": {"name": self.record.name, "trial": trial.key, "values": trial.values}}
+        named = self.training.publish.alias if alias else None
+        spec = override(record.training_spec(), {"publish.model": self._model(), "publish.alias": named})
+        scores = {metric: trial.best(metric) for metric in self.spec.objective}
+        origin = {"search": {"name": self.record.name, "trial": trial.key, "values": trial.values, "scores": scores}}
         plan = Plan.load(run)
         located = locate(base_of(spec, plan), self.root)
         version: Version | None = publish(record, spec, self.root, run, located, plan, origin)
@@ -334,12 +345,17 @@ def _existing(root: Storage, name: str, spec: SearchSpec, training: TrainingSpec
         record = records.read(root, name)
     except NotFound:
         return None
-    if record.search_spec() != spec or record.training_spec() != training:
+    if _searched(record.search_spec()) != _searched(spec) or record.training_spec() != training:
         raise RequestError(
             f"search {name} exists with other settings\n"
             f"choose another --name, or go on with it as it is: raysd tune resume {name}"
         )
     return record
+
+
+def _searched(spec: SearchSpec) -> SearchSpec:
+    """What makes it another search: not how much it may cost, nor how many trials run at once."""
+    return spec.model_copy(update={"budget": BudgetSpec(), "concurrent": None})
 
 
 def _scheduler(spec: SearchSpec, longest: float) -> Any:
@@ -361,12 +377,3 @@ def _scheduler(spec: SearchSpec, longest: float) -> Any:
             time_attr="epoch", metric="validation_loss", mode="min", grace_period=found.grace, hard_stop=True
         )
     return FIFOScheduler()
-
-
-def _corners(spec: SearchSpec, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Each combination of the extremes of those of the paths that vary."""
-    from itertools import product
-
-    varied = [path for path in paths if path in spec.space]
-    for values in product(*(spec.space[path].extremes for path in varied)):
-        yield dict(zip(varied, values, strict=True))

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from random import Random
 from typing import Any
 
@@ -16,6 +16,10 @@ CHANGES_LOSS = (
     *("data.validation", "data.duplicates", "data.blurry", "data.outliers"),
 )
 """What changes the held-out pictures or the meaning of their loss: values of it could not be compared."""
+
+
+MOST_COMBINATIONS = 2000
+"""Of a space's extremes that are tried on the training spec before anything starts; a millisecond each."""
 
 
 def key_of(values: Mapping[str, Any]) -> str:
@@ -52,6 +56,13 @@ def grid_points(spec: SearchSpec) -> list[dict[str, Any]]:
     return points
 
 
+def corners(spec: SearchSpec, paths: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Each combination of the extremes of those of the paths that vary."""
+    varied = [path for path in paths if path in spec.space]
+    for values in itertools.product(*(spec.space[path].extremes for path in varied)):
+        yield dict(zip(varied, values, strict=True))
+
+
 def optuna_space(spec: SearchSpec) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -66,7 +77,7 @@ def optuna_space(spec: SearchSpec) -> dict[str, Any]:
 
 
 def check_space(spec: SearchSpec, training: TrainingSpec) -> None:
-    """Every path is known and every extreme value valid. Raises SpecError that names the path."""
+    """Every path is known, and every extreme value valid, alone and with the others. Raises SpecError that names them."""
     known = {row.path: row for row in describe(TrainingSpec)}
     for path, found in spec.space.items():
         if path not in known:
@@ -79,6 +90,12 @@ def check_space(spec: SearchSpec, training: TrainingSpec) -> None:
                 override(training, {path: value})
             except SpecError as error:
                 raise SpecError(f"space.{path}: {value!r} does not do: {str(error).splitlines()[0]}") from None
+    for changes in itertools.islice(corners(spec, spec.space), MOST_COMBINATIONS):
+        try:
+            override(training, changes)
+        except SpecError as error:
+            named = ", ".join(f"{path} {value!r}" for path, value in changes.items())
+            raise SpecError(f"space: {named} do not go together: {str(error).splitlines()[0]}") from None
     for path in spec.space:
         if "validation_loss" in spec.objective and path in CHANGES_LOSS:
             raise SpecError(

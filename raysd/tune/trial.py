@@ -8,21 +8,22 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+import ray
 from ray import tune
 
+from raysd import cluster
 from raysd.cluster import GROWS_TO
 from raysd.config import SearchSpec, TrainingSpec, override
-from raysd.errors import LeaseHeld
+from raysd.errors import LeaseHeld, SpecError
 from raysd.evaluate.prompts import Prompt
 from raysd.lease import holder
-from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train import runs
 from raysd.train.launch import Outcome, train
-from raysd.train.plan import Plan, base_of
+from raysd.train.plan import Plan
 from raysd.tune import records
 from raysd.tune.records import TrialRecord, cost_of
-from raysd.tune.scoring import score, wanted
+from raysd.tune.scoring import score_run, wanted
 from raysd.tune.space import key_of
 
 WORST = 1e9
@@ -114,10 +115,7 @@ class SearchTrial(tune.Trainable):
         self.events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.asked, self.thread, self.twin = threading.Event(), None, False
         key = key_of(values)
-        self.spec = settings(self.job, values)
-        workers = self.spec.scale.most_workers
-        gpus = 0 if self.spec.scale.gpus is False else self.job.gpus * workers
-        new = TrialRecord(key, values, f"{self.job.search}-{key}", workers=workers, gpus=gpus)
+        new = TrialRecord(key, values, f"{self.job.search}-{key}")
         self.record = records.read_trial(self.store, key) or new
         self.began, self.before = time.time(), self.record.seconds
         self.lowest = WORST  # validation loss that Ray Tune has been told of so far
@@ -125,7 +123,14 @@ class SearchTrial(tune.Trainable):
         if self.record.status in records.WHOLE:
             self.past = self.past or [{"epoch": 0.0}]
             return
-        self._write(status="running", reason=None)
+        try:
+            self.spec = settings(self.job, values)
+        except SpecError as problem:
+            self.events.put(("end", problem))
+            return
+        workers = self.spec.scale.most_workers
+        gpus = 0 if self.spec.scale.gpus is False else self.job.gpus * workers
+        self._write(status="running", reason=None, workers=workers, gpus=gpus)
         self.thread = threading.Thread(target=self._train, daemon=True)
         self.thread.start()
 
@@ -172,9 +177,11 @@ class SearchTrial(tune.Trainable):
         """Of the pictures that the trained weights draw, where the objective asks for them."""
         if not wanted(self.job.spec):
             return {}
-        run = runs.storage_of(self.root, self.record.run)
-        base = locate(base_of(self.spec, Plan.load(run)), self.root)
-        return score(self.job.spec, self.spec, base, run, self.job.prompts, self.job.real)
+        workers = {"num_cpus": self.spec.scale.cpus or 1, "num_gpus": min(1, self.record.gpus)}
+        task = ray.remote(**workers, scheduling_strategy="DEFAULT")(score_run)  # not in this process's group of no CPU
+        arguments = (self.job.spec, self.spec, self.job.root, self.record.run, self.job.prompts, self.job.real)
+        found: dict[str, float] = cluster.result(task.remote(*arguments), "scoring")
+        return found
 
     def _watch(self, event: dict[str, Any]) -> None:
         if event["kind"] == "validation" and event["step"] > 0:
@@ -225,4 +232,5 @@ class SearchTrial(tune.Trainable):
         if self.twin:  # the record is the other one's
             return
         seconds = self.before + time.time() - self.began
-        self.record = records.write_trial(self.store, replace(self.record, seconds=seconds, **changes))
+        changes = {"seconds": seconds, "written": time.time(), **changes}
+        self.record = records.write_trial(self.store, replace(self.record, **changes))

@@ -1,7 +1,9 @@
 """What ends a search: trials, hours, GPU hours, money; and the nodes that it sees come and go. No trial runs."""
 
+import signal
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,11 @@ from raysd.config import SearchSpec, load
 from raysd.config.search import BudgetSpec
 from raysd.storage import Storage
 from raysd.tune import nodes, records
-from raysd.tune.follow import Budget
+from raysd.tune.follow import Budget, Progress, signals_given_back
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import SearchRecord, TrialRecord
 from raysd.tune.search import Driver, Room
+from raysd.tune.space import key_of
 
 CHOICE = {"kind": "choice", "values": [2, 4, 8]}
 
@@ -59,6 +62,46 @@ def test_money_is_the_price_of_all_worker_hours(store):
     tried(store, "b", 120)
     assert spent(store, money=6.1, price=3) == "budget.money"
     assert spent(store, money=6.1, price=2) is None
+
+
+def test_a_trial_that_runs_has_cost_what_it_has_not_written_yet(store):
+    """It writes at a validation, and there may be an hour to the next."""
+    trial = TrialRecord("a", {}, "s-a", "running", seconds=1800, gpus=1, written=time.time() - 1900)
+    records.write_trial(store, trial)
+    assert spent(store, gpu_hours=1) == "budget.gpu_hours"
+    records.write_trial(store, replace(trial, status="interrupted"))
+    assert spent(store, gpu_hours=1) is None
+
+
+def test_the_trials_are_not_read_at_every_step_of_every_trial(store, monkeypatch):
+    reads = []
+    monkeypatch.setattr(records, "trials", lambda store: reads.append(store) or [])
+    budget = Budget(BudgetSpec(gpu_hours=1), store, 0)
+    assert [budget("trial", {}) for _ in range(5)] == [False] * 5
+    assert len(reads) == 1
+
+
+def test_how_the_process_ends_is_given_back(store):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with signals_given_back():
+        Progress(None, None, print, store, threading.Event()).setup()
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_a_trial_whose_own_process_dies_too_often_has_failed_with_a_reason(store):
+    values = {"optim.lr": 1e-3}
+    records.write_trial(store, TrialRecord(key_of(values), values, "s-x", "running"))
+    spec = load(
+        SearchSpec,
+        {"recipe": "x", "space": {"optim.lr": {"kind": "choice", "values": [1e-3]}}, "budget": {"trials": 1}},
+    )
+    told = []
+    Progress(spec, None, told.append, store, threading.Event()).on_trial_error(1, [], SimpleNamespace(config=values))
+    record = records.read_trial(store, key_of(values))
+    assert (record.status, record.reason) == ("failed", "its process died too often")
+    assert told[0]["text"] == "trial 1/1: its process died too often"
 
 
 def test_what_is_spent_stays_spent_and_trials_alone_never_stop_what_runs(store):

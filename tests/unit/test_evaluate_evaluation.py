@@ -195,3 +195,18 @@ def test_the_table_shows_intervals_and_escapes_foreign_text(found):
     shown = console.file.getvalue()
     for word in ("validation_loss", "training_loss", "overfitting_gap", "fid", "equal sets", "paired"):
         assert word in shown
+
+
+def test_losses_of_models_that_predict_different_things_are_not_compared(tiny_base, tiny_pictures, tmp_path):
+    other = tmp_path / "velocity"
+    shutil.copytree(tiny_base, other)
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "v_prediction"}))
+    given = {"count": 2, "steps": 1, "workers": 0, "timesteps": 1}
+    store = Storage(str(tmp_path / "store"))
+    spec = spec_of(str(tiny_base), str(tiny_pictures), given, store)
+    found = evaluate(str(tiny_base), str(other), spec, store, lambda event: None)
+    assert found.against.losses.validation.value != found.model.losses.validation.value
+    assert [score.name for score in found.differences] == ["clip_score"]
+    assert any(line.startswith("validation losses are not compared") for line in found.warnings)
+    assert any(line.startswith("no diversity") for line in found.warnings)

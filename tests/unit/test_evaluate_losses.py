@@ -1,4 +1,4 @@
-"""The validation loss of a model: by hand, the same for the same weights, with its adapter, and what it orders."""
+"""The validation loss of a model: by hand, the same for the same weights, and with its adapter."""
 
 import shutil
 

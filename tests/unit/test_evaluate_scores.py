@@ -112,7 +112,10 @@ def test_clip_score_by_hand():
     assert scores.clip_scores(images, texts) == pytest.approx([96.0, 0.0, 100 / 2**0.5])
 
 
-def test_precision_and_recall_against_the_definition(sets):
+@pytest.mark.parametrize("rows", [7, 512])
+def test_precision_and_recall_against_the_definition(sets, rows, monkeypatch):
+    """Whatever part of the distances is in memory at once."""
+    monkeypatch.setattr(scores, "ROWS", rows)
     one, two = sets[0][:90].numpy(), (sets[1][:70] * 0.5).numpy()
 
     def inside(points, balls):

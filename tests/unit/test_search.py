@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -65,6 +66,17 @@ def test_a_malformed_search_is_named(changes, message):
         ({"optim.steps": {"kind": "uniform", "low": 10, "high": 20}}, "use kind integer or choice"),
         ({"loss.prediction": {"kind": "choice", "values": ["base"]}}, "values cannot be compared"),
         ({"data.source": {"kind": "choice", "values": ["sample"]}}, "values cannot be compared"),
+        (
+            {
+                "method.kind": {"kind": "choice", "values": ["lora", "full"]},
+                "method.rank": {"kind": "choice", "values": [4, 8]},
+            },
+            "space: method.kind 'full', method.rank 4 do not go together: method.rank",
+        ),
+        (
+            {name: {"kind": "integer", "low": 2, "high": 4} for name in ("optim.steps", "optim.epochs")},
+            "space: optim.steps 2, optim.epochs 2 do not go together",
+        ),
     ],
 )
 def test_a_space_that_the_training_does_not_have_is_named(training, space, message):
@@ -120,13 +132,13 @@ def test_optuna_takes_no_lists():
         check_choices(spec_of(space={"optim.betas": {"kind": "choice", "values": [[0.9, 0.99], [0.9, 0.999]]}}))
 
 
-@pytest.mark.parametrize("file", ["lora.toml"])
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "tune").glob("*.toml")), ids=lambda file: file.name
+)
 def test_the_searches_that_ship_fit_their_recipes(file):
-    from pathlib import Path
-
     from raysd.cli.specs import recipe_of
 
-    spec = load(SearchSpec, read_toml(Path(__file__).parents[2] / "tune" / file), file)
+    spec = load(SearchSpec, read_toml(file), file.name)
     check_space(spec, override(recipe_of(spec.recipe), spec.training))
 
 
@@ -190,6 +202,25 @@ def test_a_score_that_is_better_higher_ranks_the_highest_first():
     assert records.ranked([trial(3, [0.1])], ["clip_score"]) == [], "it has drawn nothing"
 
 
+def test_what_the_budget_cut_short_is_published_where_it_is_better():
+    cut = trial(6, [0.5, 0.1], "cut", reason="budget.hours is spent")
+    assert [found.run for found in records.front([*TRIALS, cut], ["validation_loss"])] == ["s-6"]
+    assert records.front([cut], ["validation_loss", "kid"]) == [], "it has drawn nothing"
+
+
+def test_what_the_scheduler_stopped_stays_stopped_though_its_process_wrote_last(tmp_path):
+    """The driver may die at any time after, and the process of the trial may write that it was interrupted."""
+    store = records.storage_of(Storage(str(tmp_path)), "s")
+    mine, other = trial(1, [0.5], "running"), trial(2, [0.4], "interrupted")
+    for found in (mine, other):
+        records.write_trial(store, found)
+    records.mark_stopped(store, mine.key)
+    records.write_trial(store, replace(mine, status="interrupted"))
+    assert [found.status for found in records.trials(store)] == ["stopped", "interrupted"]
+    again = records.read_trial(store, mine.key)
+    assert (again.status, again.reason, again.reports) == ("stopped", records.WORSE, mine.reports)
+
+
 def test_records_survive_being_written(tmp_path, training):
     store = records.storage_of(Storage(str(tmp_path)), "s")
     for found in TRIALS:
@@ -212,6 +243,21 @@ def test_a_search_of_that_name_with_another_training_is_refused(tmp_path, traini
     records.write(records.storage_of(root, "s"), record)
     with pytest.raises(RequestError, match="search s exists with other settings"):
         search(spec, override(training, {"optim.steps": 7}), "s", root, print)
+    with pytest.raises(RequestError, match="search s exists with other settings"):
+        search(override(spec, {"searcher.seed": 1}), training, "s", root, print)
+
+
+def test_a_search_goes_on_with_a_larger_budget(tmp_path, training, monkeypatch):
+    """One that is whole is only told again."""
+    root, spec = Storage(str(tmp_path)), spec_of()
+    record = SearchRecord(
+        "s", spec.model_dump(mode="json"), training.model_dump(mode="json"), "finished", versions=("a@1",)
+    )
+    records.write(records.storage_of(root, "s"), record)
+    assert search(spec, training, "s", root, print).record == record
+    monkeypatch.setattr("raysd.tune.search.check_space", lambda *_: pytest.fail("it goes on"))
+    with pytest.raises(pytest.fail.Exception, match="it goes on"):
+        search(override(spec, {"budget.trials": 9, "concurrent": 2}), training, "s", root, print)
 
 
 def test_what_the_command_says_goes_before_what_the_file_says(tmp_path, monkeypatch):
@@ -245,7 +291,7 @@ def test_the_report_counts_and_escapes(tmp_path, training):
     spent = report.cost(record, TRIALS)
     assert spent.trials == {"finished": 3, "stopped": 1, "failed": 1}
     assert spent.epochs == 3 + 2 + 1 + 3
-    assert spent.saved == 3 - 1
+    assert spent.saved == training.optim.steps / 2 - 1, "a report every two steps, an epoch each"
     assert spent.worker_hours == pytest.approx(5 / 60)
     assert spent.money == pytest.approx(5 / 60 * 3.0)
     report.page(record, TRIALS, tmp_path / "page.html")
@@ -268,4 +314,17 @@ def test_importances_find_the_parameter_that_matters(training):
     weights = report.importances(spec, found)
     assert weights["optim.lr"] > 0.8
     assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_importances_of_choices_that_are_lists(training):
+    lists = [[0.9, 0.99], [0.9, 0.999]]
+    space = {"optim.betas": {"kind": "choice", "values": lists}}
+    spec = load(SearchSpec, {**SPEC, "space": space, "searcher": {"kind": "random"}, "budget": {"trials": 8}})
+    found = []
+    for n in range(8):
+        values = {"optim.betas": lists[n % 2]}
+        reports = ({"step": 1, "epoch": 1.0, "validation_loss": n % 2 + 0.01 * n, "seconds": 1.0},)
+        found.append(TrialRecord(f"k{n}", values, f"s-{n}", "finished", reports=reports))
+    weights = report.importances(spec, found)
+    assert weights == {"optim.betas": pytest.approx(1)}
     assert json.dumps(weights)

@@ -1,11 +1,12 @@
 """A trial as Ray Tune sees it, its training replaced: what is told, what is recorded."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from raysd.cli.specs import recipe_of
-from raysd.config import SearchSpec, load
+from raysd.config import SearchSpec, load, override
 from raysd.errors import LeaseHeld, OutOfMemory
 from raysd.storage import Storage
 from raysd.tune import records, trial
@@ -93,6 +94,16 @@ def test_a_value_that_is_no_number_wins_nothing(job, monkeypatch):
     assert {result["validation_loss"] for result in results(job, monkeypatch, blows_up)} == {WORST}
     assert record_of(job).costs(["validation_loss"]) is None
     assert records.front([record_of(job)], ["validation_loss"]) == []
+
+
+def test_settings_that_are_none_are_a_failed_trial_with_the_reason(job, monkeypatch):
+    """Between the extremes of a space may lie what does not go together."""
+    wrong = replace(job, training=override(job.training, {"optim.batch_size": 4, "scale.workers": 4}))
+    monkeypatch.setitem(VALUES, "optim.batch_size", 3)
+    assert [(r["validation_loss"], r[OVER]) for r in results(wrong, monkeypatch, never)] == [(WORST, True)]
+    record = record_of(job)
+    assert record.status == "failed"
+    assert "optim.batch_size" in record.reason
 
 
 def test_settings_that_another_trial_is_training_are_not_trained_twice(job, monkeypatch):
