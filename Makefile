@@ -26,7 +26,7 @@ lint: install
 # browsers run one after the other.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not soak and not gpu' -n logical --dist loadfile tests/unit
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not soak and not gpu' tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations 25 -m 'not soak and not gpu' tests/integration
 
 soak: install
 	RAYSD_SOAK_RESULTS=benchmarks/results/soaks $(BIN)/pytest -m 'soak or measured' --timeout 7200

@@ -128,7 +128,7 @@ def _lone(client: httpx.Client) -> list[float]:
     _draw(client, 999, 4)
     answers = [_draw(client, seed, 4) for seed in range(1000, 1030)]
     newest = client.get("/v1/predictions").json()["results"][: len(answers)]
-    engine = [prediction["metrics"]["predict_time"] for prediction in reversed(newest)]
+    engine = [prediction["metrics"]["draw_time"] for prediction in reversed(newest)]
     return [answer - drawing for answer, drawing in zip(answers, engine, strict=True)]
 
 

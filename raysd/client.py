@@ -3,7 +3,7 @@
 client = Client("http://127.0.0.1:8000")
 drawn = client.generate("a red circle", model="cats", seed=1)[0]
 drawn.save("circle.png")
-client.feedback(drawn.generation, thumb="up")
+client.feedback(drawn.generation, thumb="up", user="anna")
 """
 
 import base64
@@ -93,10 +93,13 @@ class Client:
         fields = ("generation", "seed", "version", "digest")
         return [Drawn(base64.b64decode(image["b64_json"]), *(image[name] for name in fields)) for image in made]
 
-    def predict(self, prompt: str, *, model: str | None = None, **settings: Any) -> Prediction:
-        """Ask for pictures and come back for them. `settings` are those of /v1/predictions' input."""
+    def predict(self, prompt: str, *, model: str | None = None, user: str | None = None, **settings: Any) -> Prediction:
+        """Ask for pictures and come back for them. `settings` are those of /v1/predictions' input.
+
+        `user` is your name for who asks: the same user is drawn for by the same version.
+        """
         asked = {"model": model, "input": {"prompt": prompt, **settings}}
-        return _prediction(self._ask("POST", "/v1/predictions", asked))
+        return _prediction(self._ask("POST", "/v1/predictions", asked, user))
 
     def get(self, id: str) -> Prediction:
         """A prediction as it stands."""
@@ -127,24 +130,45 @@ class Client:
         """Stop a prediction."""
         return _prediction(self._ask("POST", f"/v1/predictions/{_known(id)}/cancel"))
 
+    def delete(self, id: str) -> None:
+        """Stop a prediction, and remove its prompt, its pictures and what was written of them, for good."""
+        self._send("DELETE", f"/v1/predictions/{_known(id)}")
+
     def picture(self, generation: str) -> bytes:
         """The PNG of a generation. Raises NotFound before it is drawn, and when it is kept no longer."""
         return self._send("GET", f"/v1/generations/{_known(generation)}/picture").content
 
-    def feedback(self, generation: str, **said: Any) -> str:
-        """Say something of a generation: thumb ("up", "down"), stars (1 to 5), tags, text, report. Returns its id."""
-        return str(self._ask("POST", "/v1/feedback", {"generation": generation, **said})["id"])
+    def feedback(self, generation: str, *, user: str | None = None, **said: Any) -> str:
+        """Say something of a generation: thumb ("up", "down"), stars (1 to 5), tags, text, report. Returns its id.
 
-    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        `user` is your name for who says it: each one's opinions count once.
+        """
+        return str(self._ask("POST", "/v1/feedback", {"generation": generation, **said}, user)["id"])
+
+    def compare(self, left: str, right: str, choice: str, *, user: str | None = None) -> tuple[str, str]:
+        """Say which of two generations is better: "left", "right" or "tie". Returns the versions that drew them."""
+        pair = {"left": left, "right": right, "choice": choice}
+        told = self._ask("POST", "/v1/feedback", {"pair": pair}, user)
+        return told["left"], told["right"]
+
+    def _ask(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, user: str | None = None
+    ) -> dict[str, Any]:
         try:
-            answer: dict[str, Any] = self._send(method, path, body).json()
+            answer: dict[str, Any] = self._send(method, path, body, user).json()
         except ValueError:
             raise RaysdError(f"{self._http.base_url}: does not answer as a raysd service does") from None
         return answer
 
-    def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, user: str | None = None
+    ) -> httpx.Response:
         body = {name: value for name, value in (body or {}).items() if value is not None} or None
         headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
+        if user is not None:
+            if not (user.isascii() and user.isprintable()):
+                raise RequestError("user: printable ASCII characters alone; send a digest of other names")
+            headers["X-Raysd-User"] = user
         end, pause = time.monotonic() + self._patience, 0.2
         while True:
             try:

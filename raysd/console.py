@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 LOG_PERIOD = 5.0
 """Seconds between two progress lines where standard error is no terminal."""
 
-errors = Console(stderr=True, highlight=False)
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 class Watcher:
@@ -26,8 +26,8 @@ class Watcher:
 
     def __enter__(self) -> "Watcher":
         if not self.quiet and errors.is_terminal:
-            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")]
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=errors, transient=True)
+            what, text = (TextColumn(form, markup=False) for form in ("{task.description}", "{task.fields[text]}"))
+            self._bar = Progress(what, BarColumn(), text, TimeRemainingColumn(), console=errors, transient=True)
             self._bar.start()
         return self
 
@@ -85,7 +85,7 @@ class Watcher:
         self._bar.update(self._task, description=what, completed=done, total=of, text=text)
 
     def _line(self, text: str) -> None:
-        errors.print(text, markup=False, soft_wrap=True)
+        errors.print(text, soft_wrap=True)
 
 
 class Rate:

@@ -30,23 +30,33 @@ class Request:
         return replace(self, seed=self.seed + number, count=1)
 
 
+BATCH = 4
+"""Pictures that are drawn at once: few enough for any machine that holds the model."""
+MAX_SEED = 2**63 - 1
+
+
 def draw(
     located: Located, requests: Sequence[Request], progress: Callable[[int, int], None] | None = None
 ) -> list[Image.Image]:
-    """The pictures of all requests, in order. `progress(done, total)` is called at each denoising step."""
+    """The pictures of all requests, in order. `progress(done, total)` is called at each denoising step of a batch."""
     pipeline = open_pipeline(located)
-    total = sum(request.steps for request in requests)
+    batches = [
+        [request.of(n) for n in range(first, min(first + BATCH, request.count))]
+        for request in requests
+        for first in range(0, request.count, BATCH)
+    ]
+    total = sum(batch[0].steps for batch in batches)
     images: list[Image.Image] = []
     done = 0
-    for request in requests:
+    for batch in batches:
 
         def step(pipe: Any, n: int, t: Any, kwargs: dict[str, Any], before: int = done) -> dict[str, Any]:
             if progress is not None:
                 progress(before + n + 1, total)
             return kwargs
 
-        images += draw_batch(pipeline, [request.of(n) for n in range(request.count)], step)
-        done += request.steps
+        images += draw_batch(pipeline, batch, step)
+        done += batch[0].steps
     return images
 
 

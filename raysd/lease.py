@@ -74,6 +74,7 @@ class Lease:
         self._storage = storage.patient(min(storage.deadline, record.ttl / RENEWALS))
         self._path, self._record, self._tag, self._began = path, record, tag, began
         self._lost: str | None = None
+        self._trouble = ""  # why the last renewal failed
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
@@ -100,6 +101,11 @@ class Lease:
     def token(self) -> int:
         return self._record.token
 
+    @property
+    def nonce(self) -> str:
+        """This holding's own name: tokens begin again at 1 where the lease's object was deleted."""
+        return self._record.nonce
+
     def start(self, on_lost: Callable[[str], None]) -> None:
         """Renew in the background. When it is lost, call `on_lost` with the reason, once, from another thread."""
         # Two threads: a renewal may hang in the store, and giving up must not wait for it.
@@ -122,7 +128,7 @@ class Lease:
         """Raises LeaseLost where the lease was lost or is too old to rely on. Asks the clock, not the store."""
         self._check()
         if clock() - self._began >= self._record.ttl * GIVE_UP:
-            raise LeaseLost(f"{self._path}: the lease could not be renewed in time, another may take it")
+            raise LeaseLost(f"{self._path}: the lease could not be renewed in time{self._trouble}, another may take it")
 
     def release(self) -> None:
         """Let the next one in at once. If the store does not answer, the lease runs out by itself."""
@@ -143,10 +149,11 @@ class Lease:
         while not self._stop.wait(self._record.ttl / RENEWALS):
             try:
                 self.renew()
+                self._trouble = ""
             except LeaseLost as lost:
                 return self._lose(str(lost))
-            except RaysdError:  # the watch gives up when this goes on for too long
-                continue
+            except RaysdError as error:  # the watch gives up when this goes on for too long
+                self._trouble = f" ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
 
     def _watch(self, on_lost: Callable[[str], None]) -> None:
         """Look often, rather than sleep until the end: a machine that slept meanwhile has to notice at once."""
@@ -154,7 +161,9 @@ class Lease:
         while not self._stop.wait(limit / 40):
             silent = clock() - self._began
             if silent >= limit:
-                self._lose(f"{self._path}: the lease could not be renewed for {silent:.0f} s, another may take it")
+                self._lose(
+                    f"{self._path}: the lease could not be renewed for {silent:.0f} s{self._trouble}, another may take it"
+                )
             if self._lost is not None:
                 self._stop.set()
                 on_lost(self._lost)
@@ -180,8 +189,8 @@ class Lease:
         return found[1]
 
 
-def check_fence(storage: Storage, path: str, token: int) -> None:
-    """Raises LeaseLost unless `token` is the one that holds the lease.
+def check_fence(storage: Storage, path: str, token: int, nonce: str) -> None:
+    """Raises LeaseLost unless the holding of that token and nonce is the one that holds the lease.
 
     Called right before a write that makes others' work visible. What is written between this check and a takeover must
     carry the token in its name, or be create-only, to stay apart from the successor's.
@@ -190,8 +199,8 @@ def check_fence(storage: Storage, path: str, token: int) -> None:
     if found is None:
         raise LeaseLost(f"{storage.url}/{path}: the lease is gone, so token {token} may not write")
     record = found[0]
-    if record.token != token or record.released:
-        state = "was released" if record.token == token else f"went to {record.host}, process {record.pid}"
+    if record.nonce != nonce or record.released:
+        state = "was released" if record.nonce == nonce else f"went to {record.host}, process {record.pid}"
         raise LeaseLost(f"{storage.url}/{path}: the lease {state}, so token {token} may not write")
 
 

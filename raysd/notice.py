@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 AWS, GCP = "http://169.254.169.254", "http://metadata.google.internal"
@@ -32,14 +33,25 @@ def main(words: list[str]) -> int:
 
 
 def watch(look: Callable[[], int | None], drain: Callable[[int], None], period: float = PERIOD) -> None:
-    """Drain this node once `look` gives the seconds that it has left. A metadata service that is away is asked again."""
+    """Drain this node once `look` gives the seconds that it has left. A drain that fails is tried again for so long."""
+    end = time.monotonic() + _left(look, period)
     while True:
         try:
+            return drain(max(0, round(end - time.monotonic())))
+        except (OSError, subprocess.SubprocessError) as error:
+            print(f"raysd: not drained: {error}", file=sys.stderr, flush=True)
+        if time.monotonic() >= end:
+            return
+        time.sleep(period)
+
+
+def _left(look: Callable[[], int | None], period: float) -> int:
+    """Wait for the notice. A metadata service that is away is asked again."""
+    while True:
+        with suppress(OSError, ValueError):
             left = look()
-        except (OSError, ValueError):
-            left = None
-        if left is not None:
-            return drain(left)
+            if left is not None:
+                return left
         time.sleep(period)
 
 
@@ -63,7 +75,7 @@ def gcp(root: str = GCP) -> int | None:
 
 
 def drain(seconds: int) -> None:
-    """Have the cluster's head drain this node, which will be gone in so many seconds."""
+    """Have the cluster's head drain this node, which will be gone in so many seconds. Raises CalledProcessError."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the machine is taken away"]
     subprocess.run([*command, "--deadline-remaining-seconds", str(max(1, seconds))], check=True)

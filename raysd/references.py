@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from raysd.errors import IntegrityError, NotFound, RequestError
-from raysd.models import INDEX, Family, components, family_of, is_part
+from raysd.models import INDEX, Family, components, family_of, is_part, is_parts_name, named
 from raysd.registry import Registry, Version
+from raysd.registry.files import cache_folder, ensure
+from raysd.registry.records import blob_path
 from raysd.storage import Storage, sha256_of
 
 
@@ -65,6 +67,22 @@ def identity(folder: Path, *only: str) -> str:
     lines = [
         f"{path.relative_to(folder).as_posix()} {sha256_of(path.resolve())}" for path in sorted(files) if is_part(path)
     ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def identity_of(version: Version, storage: Storage) -> str:
+    """`identity` of a whole model in the registry, from its manifest and its index: no weights are read.
+
+    Raises IntegrityError for an index that is missing or damaged.
+    """
+    files = {PurePosixPath(file.path): file for file in version.files}
+    index = files.get(PurePosixPath(INDEX))
+    if index is None:
+        raise IntegrityError(f"{version.ref}: has no {INDEX}: use another version")
+    local = cache_folder() / "blobs" / index.sha256
+    ensure(storage, blob_path(index.sha256), index, local, f"{version.ref}: {INDEX}", "use another version")
+    parts = {INDEX, *named(local.read_bytes())}
+    lines = [f"{path} {files[path].sha256}" for path in sorted(files) if path.parts[0] in parts and is_parts_name(path)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 

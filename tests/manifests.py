@@ -1,6 +1,6 @@
 """Manifests of k8s/: read, put together as kustomize does, and held to closed schemas, in which an unknown field is an error.
 
-And the commands in them, parsed as the command line does.
+So are Serve configs. And the commands in them, parsed as the command line does.
 """
 
 import copy
@@ -11,17 +11,21 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jsonpatch
 import jsonschema
 import kubernetes_validate
 import typer
 import yaml
+from pydantic import BaseModel
+from ray.serve.schema import ServeDeploySchema
 
 from raysd import cli
 from raysd.cli.specs import dotted, recipe_of
 from raysd.config import SearchSpec, load, override, read_toml
+from raysd.config.serving import ServingSpec
+from raysd.errors import RaysdError
 
 ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
@@ -173,6 +177,40 @@ def faults(document: Document, whole: bool = True) -> list[str]:
     return wrong + [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:200]}" for error in found]
 
 
+def serve_faults(config: Any) -> list[str]:
+    """Fields of a Serve config that Serve does not know: it takes most of them in silence."""
+    if not isinstance(config, dict):
+        return ["not a map"]
+    try:
+        ServeDeploySchema.model_validate(config)
+        for application in config["applications"]:
+            load(ServingSpec, application.get("args", {}))
+    except (ValueError, RaysdError) as error:
+        return [str(error)]
+    return list(_unknown(config, ServeDeploySchema, ""))
+
+
+def _unknown(node: Any, shape: Any, place: str) -> Iterator[str]:
+    """By the models in a type; maps without one have keys of their own."""
+    if isinstance(node, list):
+        for inner in node:
+            yield from _unknown(inner, shape, place)
+    elif isinstance(node, dict) and (models := list(_models(shape))):
+        fields = {name: field.annotation for model in models for name, field in model.model_fields.items()}
+        for name, inner in node.items():
+            if name in fields:
+                yield from _unknown(inner, fields[name], f"{place}{name}.")
+            else:
+                yield f"{place}{name}: unknown"
+
+
+def _models(shape: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(shape, type) and issubclass(shape, BaseModel):
+        yield shape
+    for inner in get_args(shape):
+        yield from _models(inner)
+
+
 def build(folder: Path) -> list[Document]:
     """What kustomize makes of a folder, by the few of its features that k8s/ uses."""
     return copy.deepcopy(_build(folder))
@@ -195,13 +233,13 @@ def _build(folder: Path) -> list[Document]:
 
 
 def _patch(documents: list[Document], path: Path, target: Mapping[str, str] | None) -> None:
-    """Apply a file of patches. Fails where nothing, or more than one resource, is meant."""
+    """Apply a file with one patch. Fails where nothing, or more than one resource, is meant."""
     if target:
         _apply_operations(documents, read(path)[0], target)
         return
-    for patch in read(path):
-        (found,) = [number for number, document in enumerate(documents) if same(document, patch)]
-        documents[found] = _merged(documents[found], patch, path.name)
+    (patch,) = read(path)  # the kustomize of kubectl 1.30 takes no file with two
+    (found,) = [number for number, document in enumerate(documents) if same(document, patch)]
+    documents[found] = _merged(documents[found], patch, path.name)
 
 
 def _apply_operations(documents: list[Document], operations: list[Any], target: Mapping[str, str]) -> None:

@@ -22,6 +22,7 @@ from raysd.config.serving import ServingSpec
 from raysd.database import Database
 from raysd.draw import metadata, open_pipeline
 from raysd.errors import NotFound
+from raysd.feedback.generations import Generations
 from raysd.references import locate
 from raysd.serve.drawing import Drawing
 from raysd.serve.http.application import build
@@ -49,8 +50,10 @@ SIDE = 64
 class DirectDesk:
     """Draws one prediction after the other, all of them with the bundled model. `step` is called before each step."""
 
-    def __init__(self, queue: Queue, storage: Storage, served: Sequence[Served] = (TINY, CATS)) -> None:
-        self.queue, self.storage, self.served = queue, storage, list(served)
+    def __init__(
+        self, queue: Queue, database: Database, storage: Storage, served: Sequence[Served] = (TINY, CATS)
+    ) -> None:
+        self.queue, self.database, self.storage, self.served = queue, database, storage, list(served)
         self.asks: list[Ask] = []
         self.step: Callable[[], None] = lambda: None
         self._watchers: dict[str, list[asyncio.Queue[Event]]] = {}
@@ -105,6 +108,11 @@ class DirectDesk:
         prediction = await asyncio.to_thread(self.queue.cancel, id)
         self._tell(id, Ended(prediction))
         return prediction
+
+    async def delete(self, id: str) -> None:
+        for upload in await asyncio.to_thread(self.queue.delete, id):
+            await asyncio.to_thread(self.storage.delete, f"uploads/{upload}.png")
+        await asyncio.to_thread(Generations(self.database, self.storage).sweep)
 
     async def read(self, path: str) -> bytes:
         return await asyncio.to_thread(self.storage.read, path)
@@ -215,7 +223,7 @@ def parts(
     database = Database(f"sqlite:///{root}/raysd.db", storage)
     database.migrate()
     queue = Queue(database)
-    desk = DirectDesk(queue, storage, served)
+    desk = DirectDesk(queue, database, storage, served)
     serving = ServingSpec.model_validate({"models": [{"ref": "tiny-sd"}], **spec})
     app = build(desk, queue, database, storage, serving, Metrics.off(), webhook_pauses=pauses)
     return Parts(app, desk, queue, database, storage)

@@ -36,7 +36,7 @@ def main() -> None:
         status = _run(log)
         _leave_ray()
         if status == 1 and log.stat().st_size:
-            errors.print(f"details: {log}", markup=False, soft_wrap=True)
+            errors.print(f"details: {log}", soft_wrap=True)
         else:
             log.unlink()
     gc.freeze()  # else the interpreter walks all that was imported before it ends: two seconds
@@ -56,13 +56,13 @@ def _run(log: Path) -> int:
     try:
         status = app(prog_name="raysd", standalone_mode=False)
         return status if isinstance(status, int) else 0
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except SystemExit as end:  # of Ray too, which makes one of a signal with its number
+        return end.code if end.code in (0, 1, 2) else int(end.code is not None)
     except TyperException as error:
         return _misspelt(error)
     except RaysdError as error:
         note(error)
-        errors.print(str(error), markup=False, style="red", soft_wrap=True)
+        errors.print(str(error), style="red", soft_wrap=True)
         return error.exit_status
     except KeyboardInterrupt:
         errors.print("stopped")
@@ -72,14 +72,14 @@ def _run(log: Path) -> int:
         with log.open("a") as file:
             file.write(traceback.format_exc())
         reason = (str(error).splitlines() or [""])[0][:300]
-        errors.print(f"{type(error).__name__}: {reason}", markup=False, style="red", soft_wrap=True)
+        errors.print(f"{type(error).__name__}: {reason}", style="red", soft_wrap=True)
         return 1
 
 
 def _misspelt(error: TyperException) -> int:
     """A verb or an option that is not there, in two lines as every wrong request."""
     context = getattr(error, "ctx", None)
-    errors.print(error.format_message(), markup=False, style="red", soft_wrap=True)
+    errors.print(error.format_message(), style="red", soft_wrap=True)
     if context is not None:
-        errors.print(f"help: {context.command_path} --help", markup=False, soft_wrap=True)
+        errors.print(f"help: {context.command_path} --help", soft_wrap=True)
     return 2

@@ -1,6 +1,7 @@
 """`raysd submit` and `raysd jobs`: commands on somebody else's cluster."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -63,9 +64,9 @@ def submit(
     body |= {"cluster": where.url, "storage": storage}
     _said(done, named)
     if follow:
-        _to_end(client, done.id, as_json, body)
+        _to_end(client, done.id, cluster, as_json, body)
         return
-    show(body, as_json, lambda: f"follow it: raysd jobs logs {done.id} --follow")
+    show(body, as_json, lambda: f"follow it: {_logs(done.id, cluster)}")
 
 
 @jobs_app.command("list")
@@ -85,7 +86,7 @@ def jobs_logs(
     """The log of a job."""
     client = _client(clusters.find(cluster))
     if follow:
-        _to_end(client, id, as_json, {"id": id})
+        _to_end(client, id, cluster, as_json, {"id": id})
         return
     client.details(id)
     text = client.get_job_logs(id)
@@ -98,7 +99,7 @@ def jobs_logs(
 @jobs_app.command("wait")
 def jobs_wait(id: str, cluster: OnCluster = None, as_json: Json = False) -> None:
     """Wait until a job ends, and end with its exit status."""
-    _to_end(_client(clusters.find(cluster)), id, as_json, {"id": id}, log=False)
+    _to_end(_client(clusters.find(cluster)), id, cluster, as_json, {"id": id}, log=False)
 
 
 @jobs_app.command("stop")
@@ -162,7 +163,12 @@ def _said(done: Any, named: command.Command) -> None:
         _say(f"submitted job {done.id}{thing}")
 
 
-def _to_end(client: Any, id: str, as_json: bool, body: dict[str, Any], log: bool = True) -> None:
+def _logs(id: str, cluster: str | None) -> str:
+    """The command that follows a job; a cluster that the environment names is found again."""
+    return shlex.join(["raysd", "jobs", "logs", id, "--follow", *(["--cluster", cluster] if cluster else [])])
+
+
+def _to_end(client: Any, id: str, cluster: str | None, as_json: bool, body: dict[str, Any], log: bool = True) -> None:
     """Follow a job, or wait for it; end as it does. Ctrl-C leaves it alone."""
     from raysd.jobs.client import exit_status
     from raysd.jobs.follow import reason, to_end
@@ -170,7 +176,7 @@ def _to_end(client: Any, id: str, as_json: bool, body: dict[str, Any], log: bool
     try:
         job = to_end(client, id, (_write_aside if as_json else _write) if log else None, _say)
     except KeyboardInterrupt:
-        _say(f"detached; the job goes on. Come back: raysd jobs logs {id} --follow")
+        _say(f"detached; the job goes on. Come back: {_logs(id, cluster)}")
         raise typer.Exit(1) from None
     if as_json:
         show({**body, **_row(job)}, True, str)

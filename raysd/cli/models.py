@@ -128,9 +128,11 @@ def generate(
     """Draw pictures with a model."""
     if to.suffix.lower() != ".png":
         raise RequestError(f"--out {to}: name a .png file")
-    from raysd.draw import Request, draw, save_png
+    from raysd.draw import MAX_SEED, Request, draw, save_png
     from raysd.references import locate
 
+    if seed + count - 1 > MAX_SEED:
+        raise RequestError(f"--seed {seed}: at most {MAX_SEED - count + 1} with --count {count}")
     located = locate(ref, open_storage())
     request = Request(prompt, negative, seed, steps, guidance, count)
     with Watcher() as watch:
@@ -147,7 +149,7 @@ def export(
     to: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder or file to write; must not exist. onnx: kept with the version if not given."
+            "--out", help="Folder or file to write; must not exist. onnx: kept in the store for serving if not given."
         ),
     ] = None,
     form: Annotated[
@@ -155,7 +157,7 @@ def export(
         typer.Option(
             "--format",
             help="diffusers: a folder for from_pretrained. kohya: a LoRA file for A1111, ComfyUI. "
-            "onnx: graphs for ONNX Runtime, a LoRA merged in.",
+            "onnx: graphs for ONNX Runtime; with --out a LoRA is merged in.",
         ),
     ] = "diffusers",
     precision: Annotated[str | None, typer.Option(help="onnx: fp32 (if not given), fp16 or int8.")] = None,

@@ -12,7 +12,8 @@ from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 RESULT = sys.stdout
-out = Console(file=RESULT, highlight=False, width=None if RESULT.isatty() else 160)
+# Prompts and paths may look like markup or emoji codes: nothing that is printed is.
+out = Console(file=RESULT, highlight=False, markup=False, emoji=False, width=None if RESULT.isatty() else 160)
 
 
 def reserve_output() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from raysd.cli.output import Json, open_storage, out, reserve_output, show, table
+from raysd.console import errors
 from raysd.errors import RequestError
 
 app = typer.Typer()
@@ -63,6 +64,9 @@ def traffic(
     else:
         now = splits.read(storage, model)
     show(asdict(now), as_json, lambda: _rendered(model, now))
+    if sum(now.shares.values()) >= 100:
+        say = f"an alias that moves changes nothing that is drawn, until raysd traffic {model} --clear"
+        errors.print(say, markup=False, soft_wrap=True)
 
 
 def _parsed(shares: list[str] | None) -> dict[int, float]:

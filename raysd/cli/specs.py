@@ -61,9 +61,7 @@ def dotted(arguments: list[str]) -> dict[str, Any]:
 
 def train_help(recipe: str | None) -> None:
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
-    out.print(
-        "raysd train RECIPE|FILE.toml [--name RUN] [--dry-run] [--json] [--any.dotted.path VALUE ...]", markup=False
-    )
+    out.print("raysd train RECIPE|FILE.toml [--name RUN] [--dry-run] [--json] [--any.dotted.path VALUE ...]")
     out.print(f"recipes: {known}\n")
     values = flat(recipe_of(recipe).model_dump(mode="json")) if recipe else {}
     table = Table("path", "value" if recipe else "default", "values", "meaning", box=None)

@@ -73,8 +73,9 @@ def runs_show(
     root = open_storage()
     record = runs.read(root, name)
     beside = _planned_and_actual(root, name, planned)
-    body = {**summary(record), **({"planned_and_actual": beside} if beside else {}), "spec": record.spec}
-    rows = {**summary(record), **(comparison(beside) if beside else {}), **flat(record.spec)}
+    spec = runs.public_spec(record.spec)
+    body = {**summary(record), **({"planned_and_actual": beside} if beside else {}), "spec": spec}
+    rows = {**summary(record), **(comparison(beside) if beside else {}), **flat(spec)}
     show(body, as_json, lambda: pairs(rows))
 
 
@@ -88,12 +89,13 @@ def runs_stop(name: str, as_json: Json = False) -> None:
     show({"run": name, "asked": "stop"}, as_json, lambda: said)
 
 
-@runs_app.command("resume")
-def runs_resume(name: str, as_json: Json = False) -> None:
-    """Go on with an interrupted run from its last checkpoint."""
+@runs_app.command("resume", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def runs_resume(context: typer.Context, name: str, as_json: Json = False) -> None:
+    """Go on with an interrupted run from its last checkpoint: `raysd runs resume RUN [--scale.workers N ...]`."""
     from raysd.train import runs
 
-    _train(runs.read(open_storage(), name).training_spec(), name, as_json)
+    spec = runs.read(open_storage(), name).training_spec()
+    _train(override(spec, dotted(context.args)) if context.args else spec, name, as_json)
 
 
 @runs_app.command("diff")
@@ -102,7 +104,7 @@ def runs_diff(first: str, second: str, as_json: Json = False) -> None:
     from raysd.train import runs
 
     root = open_storage()
-    changes = runs.differences(runs.read(root, first), runs.read(root, second))
+    changes = runs.differences(*(runs.public(runs.read(root, name)) for name in (first, second)))
     rows = [{"path": path, first: a, second: b} for path, a, b in changes]
     show(rows, as_json, lambda: table(rows, "path", first, second))
 

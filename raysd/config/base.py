@@ -144,6 +144,8 @@ def _words(annotation: Any) -> str:
     for part in _parts(annotation):
         if get_origin(part) is Literal:
             words += [str(value) for value in get_args(part)]
+        elif get_origin(part) is tuple:
+            words.append(f"[{', '.join('…' if one is Ellipsis else _words(one) for one in get_args(part))}]")
         else:
             words.append(names.get(part) or str(part).replace("typing.", ""))
     return " | ".join(words)

@@ -34,5 +34,7 @@ class HttpSpec(Spec):
     """For which a body may take to arrive."""
     wait_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Longest that a request of the Images API is drawn, and waits; then 504 says so."""
+    life_seconds: Annotated[float, Field(ge=5, le=86400)] = 3600.0
+    """After which a prediction or comparison that has not ended is given up, if its request says nothing (Cancel-After)."""
     link_seconds: Annotated[float, Field(gt=0)] = 3600.0
     """For which a picture's link holds."""

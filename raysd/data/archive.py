@@ -9,6 +9,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -25,8 +26,13 @@ MAX_DIRECTORY_BYTES = 64 * 2**20
 MAX_UNPACKED_BYTES = 64 * 2**30
 MAX_RATIO = 100
 """Largest growth, of the whole and of each member beyond a first MiB; pictures hardly compress."""
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, OverflowError)
+"""What zipfile raises for archives that are cut, damaged or made up."""
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 WRITERS = 16
+FRESH_SECONDS = 86_400.0
+"""From this age on a use marks an unpacked archive as used now."""
+KEPT_SECONDS = 90 * 86_400.0
 
 _END, _END_64 = b"PK\x05\x06", b"PK\x06\x06"
 
@@ -34,18 +40,36 @@ _END, _END_64 = b"PK\x05\x06", b"PK\x06\x06"
 def unpack(archive: Path, uploads: Storage, origin: str) -> list[File]:
     """Judge a zip, copy its pictures and captions to `uploads`/<its sha256>/<number><suffix>, and list all its files.
 
-    Done once: `index.json`, written last, says that a zip was unpacked before. A file that is neither picture nor
-    caption is listed and not copied. Raises DataError naming what is wrong with the archive and which member.
+    Done once: `index.json`, written last, says that a zip was unpacked before, and by its age when it was last named.
+    A file that is neither picture nor caption is listed and not copied. Raises DataError naming what is wrong with the
+    archive and which member.
     """
     with archive.open("rb") as body:
         digest = hashlib.file_digest(body, "sha256").hexdigest()
         place = uploads.child(digest)
         try:
             index = json.loads(place.read("index.json"))
+            if _unused(uploads, digest) > FRESH_SECONDS:
+                place.write("index.json", json.dumps(index).encode())
         except NotFound:
+            forget(uploads)
             index = _copy(body, place, origin)
             place.write("index.json", json.dumps(index).encode())
     return sorted(File(name, address(place, file) if file else "", size) for name, file, size in index)
+
+
+def forget(uploads: Storage) -> None:
+    """Remove unpacked archives that no source named for `KEPT_SECONDS`; the index goes first."""
+    for entry in uploads.list(recursive=False):
+        with suppress(NotFound):  # an archive that is being unpacked has no index
+            if entry.path.endswith("/") and _unused(uploads, entry.path.rstrip("/")) > KEPT_SECONDS:
+                uploads.delete(f"{entry.path}index.json")
+                uploads.delete_tree(entry.path)
+
+
+def _unused(uploads: Storage, digest: str) -> float:
+    """Seconds since an archive was named last. Raises NotFound."""
+    return uploads.now() - uploads.stat(f"{digest}/index.json").modified
 
 
 def address(place: Storage, file: str) -> str:
@@ -60,7 +84,7 @@ def _copy(body: IO[bytes], place: Storage, origin: str) -> list[tuple[str, str, 
         with zipfile.ZipFile(body) as zipped:
             members = list(_members(zipped, body.seek(0, 2), origin))
             return _write_all(zipped, members, place, origin)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError) as error:
+    except BROKEN as error:
         raise DataError(f"{origin}: not a whole zip: {shown(str(error), 120)}") from None
 
 
@@ -164,7 +188,7 @@ def _read(zipped: zipfile.ZipFile, member: zipfile.ZipInfo, where: str) -> bytes
     try:
         with zipped.open(member) as file:
             body = file.read(MAX_BYTES + 1)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except BROKEN as error:
         raise DataError(f"{where} is damaged ({error}); pack the archive again") from None
     if len(body) > MAX_BYTES:
         raise DataError(f"{where} is larger than {MAX_BYTES >> 20} MiB")

@@ -21,7 +21,7 @@ from raysd.storage import Storage
 
 SHARD_BYTES = 64 * 2**20
 FRESH_SECONDS = 86_400.0
-"""An index younger than this is not touched again by a use, and never evicted."""
+"""An index younger than this is never evicted; a use touches one again from half of it on."""
 
 
 class Place(NamedTuple):
@@ -87,14 +87,15 @@ class TensorCache:
         self.storage.write(f"index/{name}.json", json.dumps(index).encode())
         self._places.update({key: Place(row[0], row[1], row[2], tuple(row[3])) for key, row in index.items()})
         self._read_indexes.add(f"index/{name}.json")
+        self._modified[f"index/{name}.json"] = time.time()
 
     def keep_alive(self, keys: Iterable[str]) -> None:
-        """Mark the shards of `keys` as used now, so that eviction by age takes others first."""
-        shards = {self._places[key].shard for key in keys}
-        for shard in shards:
+        """Mark the shards of those `keys` that are there as used now, so that eviction by age takes others first."""
+        for shard in {self._places[key].shard for key in keys if key in self._places}:
             index = shard.replace("shards/", "index/").replace(".safetensors", ".json")
-            if time.time() - self._modified.get(index, time.time()) > FRESH_SECONDS:
+            if time.time() - self._modified[index] > FRESH_SECONDS / 2:
                 self.storage.write(index, self.storage.read(index))
+                self._modified[index] = time.time()
 
 
 class Writer:

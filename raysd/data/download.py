@@ -106,7 +106,7 @@ def _get(client: httpx.Client, url: str, target: Path, deadline: float) -> str |
     try:
         # Identity: a compressed answer could grow without end, and a zip gains nothing.
         with client.stream("GET", url, headers={"Accept-Encoding": "identity"}) as answer:
-            if answer.is_redirect:
+            if answer.has_redirect_location:
                 return _redirect(httpx.URL(url), answer.headers["location"])
             if answer.status_code != 200:
                 raise DataError(f"{_host(url)}: answered {answer.status_code} for data.source; check the URL")

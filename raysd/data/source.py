@@ -59,13 +59,20 @@ def open_source(source: str, uploads: Storage) -> Source:
 
 
 def public(url: str) -> str:
-    """A URL without what may be secret in it: user, password, query."""
-    scheme, _, rest = url.partition("://")
+    """A URL without what may be secret in it, for a message."""
+    return shown(without_secrets(url), 200)
+
+
+def without_secrets(source: str) -> str:
+    """A source, where it is a URL without user, password and query."""
+    scheme, separator, rest = source.partition("://")
+    if not separator:
+        return source
     rest = rest.split("?", 1)[0].split("#", 1)[0]
     host, slash, path = rest.partition("/")
     # abfs://container@account is an address; elsewhere, what stands before @ is a credential.
     host = host if scheme.startswith(("abfs", "az")) else host.rpartition("@")[2]
-    return shown(f"{scheme}://{host}{slash}{path}", 200)
+    return f"{scheme}://{host}{slash}{path}"
 
 
 def _sample() -> Path:

@@ -4,7 +4,7 @@ exports/<digest>/<precision>/manifest.json             written last, create-only
 exports/<digest>/<precision>/<sha256>/denoiser.onnx …  so that two that make the same export cannot mix their files
 
 <digest> is the version's, or the identity of a model that is not registered. A whole model's denoiser takes adapters as
-inputs, so the LoRA versions of a base share its export; that of a LoRA version has the adapter merged in.
+inputs, so the LoRA versions of a base share its export.
 """
 
 import json
@@ -40,9 +40,9 @@ class Export:
 
 
 def export_onnx(ref: str, storage: Storage, folder: Path | None, precision: str, watch: Watch) -> str:
-    """Export a model into a folder, or keep the export with a registered version. Returns where it lies.
+    """Export a model into a folder, a LoRA merged in; or keep what serving draws it with: its base's. Returns where it lies.
 
-    Raises RequestError for a folder in use, or where there is neither; RaysdError where the gate refuses.
+    Raises RequestError for a folder in use, RaysdError where the gate refuses.
     """
     located = locate(ref, storage)
     if folder is not None:
@@ -50,10 +50,9 @@ def export_onnx(ref: str, storage: Storage, folder: Path | None, precision: str,
             raise RequestError(f"--out {folder}: exists and is not empty")
         write(located, precision, folder, watch)
         return str(folder)
-    if located.version is None:
-        raise RequestError(f"{ref}: is no version in the registry, to keep the export with: give --out FOLDER")
-    make(storage, located, precision, watch)
-    return f"{storage.url}/{_place(located, precision)}"
+    base = base_of(located, storage)
+    make(storage, base, precision, watch)
+    return f"{storage.url}/{_place(base, precision)}"
 
 
 def base_of(located: Located, storage: Storage) -> Located:

@@ -26,6 +26,8 @@ LIBRARIES = {
 }
 """Providers, the fastest first, and what each loads beyond what it ships with: a wheel that has one may lack those."""
 _TYPES = {torch.float32: np.float32, torch.int64: np.int64}
+_NO_MEMORY = ("Failed to allocate memory", "out of memory", "bad allocation", "bad_alloc", "ALLOC_FAILED")
+"""What its errors say where something does not fit: of its arenas, CUDA, the C++ library, cuBLAS and cuDNN."""
 
 
 class Runtime:
@@ -94,7 +96,7 @@ class Runtime:
         if unknown:
             what = unknown[0].removesuffix(DOWN).removesuffix(UP)
             raise RequestError(
-                f"{origin}: adapts {what}, for which this export has no input: export the version itself"
+                f"{origin}: adapts {what}, for which the base's export has no input: serve it with `backend: torch`"
             )
         place = "cuda" if self.device.type == "cuda" else "cpu"
         self._adapters[name] = {key: self._value(key, tensor, place) for key, tensor in given.items()}
@@ -111,7 +113,7 @@ class Runtime:
     def _run(
         self, name: str, inputs: Mapping[str, Tensor], shape: Sequence[int], bound: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """Call a graph, which writes its output into a new tensor of that shape."""
+        """Call a graph, which writes its output into a new tensor of that shape. Raises torch.OutOfMemoryError."""
         session = self._sessions[name]
         binding = session.io_binding()
         ready = {key: value.to(self.device).contiguous() for key, value in inputs.items()}  # kept until the call ends
@@ -125,7 +127,12 @@ class Runtime:
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize()  # ONNX Runtime has a stream of its own
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # all its kinds have no other base
+            if any(words in str(error) for words in _NO_MEMORY):
+                raise torch.OutOfMemoryError(str(error)) from None
+            raise
         return output
 
     def _open(self, name: str) -> Any:

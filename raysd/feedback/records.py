@@ -1,10 +1,10 @@
 """Feedback as it is kept: once, tied to what was drawn, and no more of one user than anyone says in a day."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import ColumnElement, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
 from raysd import database as sql
@@ -15,8 +15,10 @@ from raysd.feedback.wire import Feedback
 from raysd.idempotency import Seal, seal
 from raysd.patience import Patient
 
-MOST_A_DAY = 500
-"""Of one user, in any 24 hours."""
+MOST_A_DAY, MOST_A_DAY_OF_KEY = 500, 50_000
+"""Of one user, and of all users of an API key, in any 24 hours."""
+Admit = Callable[[Session, float, str, str], None]
+"""Counts a request, now, of an API key, under an id of its own. Raises TooMany."""
 DAY = 86400.0
 
 
@@ -33,14 +35,24 @@ class Kept:
 class Records:
     """The feedback in a database. May be shared by threads. Waits for a database that is away, as `Queue` does."""
 
-    def __init__(self, database: Database, *, most_a_day: int = MOST_A_DAY, clock: Clock = sql.now) -> None:
-        self._patient, self._most = Patient(database, clock), most_a_day
+    def __init__(
+        self,
+        database: Database,
+        *,
+        most_a_day: int = MOST_A_DAY,
+        most_of_key: int = MOST_A_DAY_OF_KEY,
+        admit: Admit | None = None,
+        clock: Clock = sql.now,
+    ) -> None:
+        self._patient, self._most, self._most_of_key = Patient(database, clock), most_a_day, most_of_key
+        self._admit = admit
 
     def keep(self, said: Feedback, *, user: str, owner: str | None = None, key: str | None = None) -> Kept:
         """Keep what a user said; with the same `key` once. A choice ends the blindness of its two pictures.
 
         `user` stands for a person, `owner` is the API key's id. Raises NotFound (no such generation, or deleted),
-        TooMany (the user's cap), RequestError (a key that was used for something else; a pair never shown together).
+        TooMany (the cap of the user or of the key), RequestError (a key that was used for something else; a pair never
+        shown together).
         """
         mark = seal(key, said.model_dump_json(), "feedback", owner, user) if key is not None else None
         id = sql.new_id()
@@ -51,7 +63,11 @@ class Records:
             if former is not None:
                 return Kept(former.id, former.id == id, *_versions(session, former))
             drawn = _drawn(session, said)
-            self._hold(session, now, user)
+            _hold(session, now, FeedbackRow.user == user, self._most, "user")
+            if owner is not None:
+                _hold(session, now, FeedbackRow.owner == owner, self._most_of_key, "key")
+                if self._admit is not None:
+                    self._admit(session, now, owner, id)
             row = _row(id, said, now, drawn, mark)
             row.user, row.owner = user, owner
             session.add(row)
@@ -74,11 +90,12 @@ class Records:
         newest = joined.order_by(FeedbackRow.created.desc(), FeedbackRow.id).limit(limit)
         return self._patient.read(lambda session: [_said(*row) for row in session.execute(newest)])
 
-    def _hold(self, session: Session, now: float, user: str) -> None:
-        lately = (FeedbackRow.user == user) & (FeedbackRow.created > now - DAY)
-        count, oldest = session.execute(select(func.count(), func.min(FeedbackRow.created)).where(lately)).one()
-        if count >= self._most:
-            raise TooMany(f"feedback: one user gives at most {self._most} in 24 hours", oldest + DAY - now)
+
+def _hold(session: Session, now: float, whose: ColumnElement[bool], most: int, who: str) -> None:
+    lately = whose & (FeedbackRow.created > now - DAY)
+    count, oldest = session.execute(select(func.count(), func.min(FeedbackRow.created)).where(lately)).one()
+    if count >= most:
+        raise TooMany(f"feedback: one {who} gives at most {most} in 24 hours", oldest + DAY - now)
 
 
 def _former(session: Session, id: str, mark: Seal | None) -> FeedbackRow | None:

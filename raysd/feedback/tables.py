@@ -65,6 +65,7 @@ class FeedbackRow(Base):
         CheckConstraint("(generation_id IS NULL) = (choice IS NOT NULL)", name="subject"),
         Index("ix_feedback_generation_id", "generation_id"),
         Index("ix_feedback_user_created", "user", "created"),
+        Index("ix_feedback_owner_created", "owner", "created"),
         Index("ix_feedback_created", "created"),
     )
 

@@ -88,16 +88,10 @@ def check_inputs(command: Command, cluster: Cluster, sent: Selection | None) -> 
 
 
 def name(command: Command, storage: str, sent: Selection | None) -> tuple[Command, str]:
-    """The command with the name that it lacked, and the job's id: the same for the same words, storage and files.
-
-    Files are those that the words name; other code of a folder that is sent may change, and the job stays the same.
-    """
+    """The command with the name that it lacked, and the job's id: the same for the same words, storage and sent files."""
     lines = [*command.words, storage]
     if sent is not None:
-        named = [PurePosixPath(item.text) for item in command.inputs]
-        for file in sent.files:
-            if any(PurePosixPath(file).is_relative_to(path) for path in named):
-                lines.append(f"{file} {hashlib.sha256((sent.folder / file).read_bytes()).hexdigest()}")
+        lines += [f"{file} {hashlib.sha256((sent.folder / file).read_bytes()).hexdigest()}" for file in sent.files]
     short = hashlib.sha256("\0".join(lines).encode(errors="surrogateescape")).hexdigest()[:8]
     label = re.sub(r"[^a-z0-9._-]+", "-", command.label.lower()).strip("-._")[:36] or "raysd"
     id = f"{label}-{short}"

@@ -12,6 +12,8 @@ from raysd.jobs.secrets import is_secret_content, is_secret_file
 
 MOST_BYTES = 100 * 2**20
 """Of the files together, unpacked. They go through the head's memory to every node."""
+START = 8192
+"""Bytes of a file that are searched for secrets."""
 JUNK = {
     *(".git", ".hg", ".svn", ".venv", "venv", "site-packages", "node_modules", "__pycache__", ".raysd"),
     *(".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".cache", ".tox", ".nox", ".ipynb_checkpoints"),
@@ -123,7 +125,7 @@ def _secret(folder: Path, path: Path, name: str) -> bool:
     if is_secret_file(name) or is_secret_file(path.resolve().relative_to(folder).as_posix()):
         return True
     with path.open("rb") as file:
-        return is_secret_content(file.read(200))
+        return is_secret_content(name, file.read(START))
 
 
 def _some(names: tuple[str, ...], most: int = 8) -> str:

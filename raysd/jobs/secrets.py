@@ -4,15 +4,31 @@ import re
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
-TEXT = re.compile(
+TOKEN = re.compile(
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{24,}",
+    re.IGNORECASE,
+)
+URL = re.compile(
     r"://[^/@\s]*:[^/@\s]+@"  # user:password@host
-    r"|[?&](?:X-Amz-Signature|X-Goog-Signature|Signature|sig|token|access_token|api_key)="
-    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\bhf_[A-Za-z0-9]{30,}|\bgh[pousr]_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{24,}",
+    r"|[?&](?:X-Amz-Signature|X-Goog-Signature|Signature|sig|token|access_token|api_key)=",
     re.IGNORECASE,
 )
 VARIABLES = ("DATABASE", "KEY", "SECRET", "TOKEN", "PASSWORD", "PASSWD", "CREDENTIAL")
 FILES = (
-    *(".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk"),
+    *(
+        ".env",
+        ".env.*",
+        "*.env",
+        ".envrc",
+        "*.pem",
+        "*.key",
+        "*.p12",
+        "*.pfx",
+        "*.jks",
+        "*.keystore",
+        "*.kdbx",
+        "*.ppk",
+    ),
     *(
         "id_rsa*",
         "id_dsa*",
@@ -31,7 +47,8 @@ FILES = (
         "*.token",
         "kubeconfig",
         "*.kubeconfig",
-        "*.tfstate",
+        ".vault-token",
+        "*.tfstate*",
         "*.tfvars",
         ".git-credentials",
         ".boto",
@@ -39,15 +56,17 @@ FILES = (
     ),
 )
 DOCUMENTS = ("", ".yaml", ".yml", ".json", ".toml", ".ini", ".cfg", ".conf", ".txt")
-"""Suffixes of files that are taken for secrets when they are called `secret` or `secrets`: code is not."""
+"""Suffixes of files that are taken for secrets when they are called `secret` or `secrets`, or hold a URL with a password:
+code is not."""
 FOLDERS = {".aws", ".ssh", ".gnupg", ".kube", ".azure", ".gcloud", ".docker"}
 EXAMPLES = (".example", ".sample", ".template", ".dist", ".pub")
-KEY = b"PRIVATE KEY-----"
+KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:\s|\\[nr])")
+"""A key's first line, whose end is escaped where it is a value of JSON."""
 
 
 def holds_secret(text: str) -> bool:
     """Whether a word holds a password, a signature or a well-known kind of token."""
-    return TEXT.search(text) is not None
+    return bool(TOKEN.search(text) or URL.search(text))
 
 
 def is_secret_variable(name: str, value: str) -> bool:
@@ -65,7 +84,8 @@ def is_secret_file(path: str) -> bool:
     return named or any(fnmatch(parts.name, pattern) for pattern in FILES)
 
 
-def is_secret_content(start: bytes) -> bool:
-    """By its first bytes: a private key under whatever name."""
-    head = start.lstrip()[:100]
-    return head.startswith(b"-----BEGIN") and KEY in head
+def is_secret_content(path: str, start: bytes) -> bool:
+    """By its first bytes: a private key or a well-known kind of token; in a document also a URL with a password."""
+    text = start.decode("latin-1")
+    document = PurePosixPath(path.lower()).suffix in DOCUMENTS
+    return bool(KEY.search(text) or TOKEN.search(text) or (document and URL.search(text)))

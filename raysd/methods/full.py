@@ -14,6 +14,8 @@ from raysd.methods.base import Batch, TrainedModule, denoising_loss, published_d
 from raysd.models import BESIDE, INDEX, Family, NoiseSchedule, components, is_part
 
 WEIGHT_NAMES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+CLIP = "text_model."
+"""Before the names in files of CLIP text encoders as OpenAI and transformers 4 wrote them; transformers 5 takes it off."""
 
 
 class Full:
@@ -56,6 +58,7 @@ def copy_model(base: Path, out: Path) -> None:
 
 
 def _replace_weights(folder: Path, name: str, trained: dict[str, Tensor], spec: TrainingSpec) -> None:
+    """The file keeps the names that the base's has: programs other than transformers 5 look for those."""
     from safetensors import safe_open
 
     before = sorted(folder.glob("*.safetensors"))
@@ -63,12 +66,13 @@ def _replace_weights(folder: Path, name: str, trained: dict[str, Tensor], spec: 
     for path in before:
         with safe_open(path, "pt") as file:
             known.update(file.keys())
-    if missing := known - set(trained) - {"text_model.embeddings.position_ids"}:
+    prefix = CLIP if any(key.startswith(CLIP) for key in known) else ""
+    dtype = published_dtype(spec)
+    body = {prefix + key.removeprefix(prefix): tensor.to(dtype).contiguous() for key, tensor in trained.items()}
+    if missing := known - set(body) - {f"{prefix}embeddings.position_ids"}:
         raise IntegrityError(f"{folder.name}: the checkpoint lacks {len(missing)} of its tensors, e.g. {min(missing)}")
     for path in [*before, *folder.glob("*.safetensors.index.json")]:
         path.unlink()
-    dtype = published_dtype(spec)
-    body = {key: tensor.to(dtype).contiguous() for key, tensor in trained.items()}
     save_file(body, folder / name, metadata={"format": "pt"})
 
 

@@ -1,7 +1,7 @@
 """Model families. A new family is one file and one line here."""
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from raysd.errors import RequestError
 from raysd.models.base import Family, NoiseSchedule
@@ -15,13 +15,23 @@ BESIDE = ("safety_checker", "feature_extractor", "image_encoder")
 
 def components(folder: Path) -> list[str]:
     """The folders of a model's parts, as its index names them."""
-    index = json.loads((folder / INDEX).read_text())
-    return [name for name, value in index.items() if isinstance(value, list) and name not in BESIDE]
+    return named((folder / INDEX).read_bytes())
+
+
+def named(index: bytes) -> list[str]:
+    """The same from the index's bytes."""
+    parts = json.loads(index)
+    return [name for name, value in parts.items() if isinstance(value, list) and name not in BESIDE]
 
 
 def is_part(path: Path) -> bool:
     """Whether a file in one of them is the model's: configuration, vocabulary, weights (not those of another precision)."""
-    return path.is_file() and path.suffix in (".json", ".txt", ".safetensors") and ".fp16." not in path.name
+    return path.is_file() and is_parts_name(path)
+
+
+def is_parts_name(path: PurePath) -> bool:
+    """The same by its name alone."""
+    return path.suffix in (".json", ".txt", ".safetensors") and ".fp16." not in path.name
 
 
 def family_of(folder: Path) -> Family:
@@ -36,4 +46,15 @@ def family_of(folder: Path) -> Family:
     raise RequestError(f"{folder}: {pipeline} is not supported; supported families: {', '.join(FAMILIES)}")
 
 
-__all__ = ["BESIDE", "FAMILIES", "INDEX", "Family", "NoiseSchedule", "components", "family_of", "is_part"]
+__all__ = [
+    "BESIDE",
+    "FAMILIES",
+    "INDEX",
+    "Family",
+    "NoiseSchedule",
+    "components",
+    "family_of",
+    "is_part",
+    "is_parts_name",
+    "named",
+]

@@ -49,11 +49,11 @@ class Ingress:
         store = Storage(self._storage)
         database = Database(self.spec.database, store)
         database.migrate()
-        queue = Queue(database, keep_pictures=self.spec.retention_days * 86400)
-        _refuse_split(queue)
         metrics = Metrics.to_ray()
+        queue = Queue(database, keep_pictures=self.spec.retention_days * 86400, metrics=metrics)
+        _refuse_split(queue)
         waiting = {model.served_name: model.waiting for model in self.spec.models}
-        routes, generations = Routes(store, self.spec.models), Generations(database, store)
+        routes, generations = Routes(store, self.spec.models, self.spec.signers), Generations(database, store)
         router = Router(queue, store, routes, self._replicas, metrics, waiting, generations)
         return build_application(router, queue, database, store, self.spec, metrics)
 

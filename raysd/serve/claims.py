@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from raysd.feedback.generations import record
+from raysd.feedback.generations import bury, record
+from raysd.feedback.tables import GenerationRow
 from raysd.serve.predictions import LIVE, Claim, Picture, Status
 from raysd.serve.rows import generation
 from raysd.serve.tables import PredictionRow
@@ -21,12 +22,16 @@ MOST_ATTEMPTS = 5
 """Claims after which a prediction that none of them ended is given up."""
 AT_ONCE = 500
 """Predictions that one transaction expires."""
+LATE = "its deadline passed"
 
 
 def take(
     session: Session, now: float, worker: str, model: str, id: str | None, most: int, ticket: str
 ) -> Sequence[PredictionRow]:
-    """Claim the oldest that are free. What was claimed with the same ticket is what is claimed: its answer was lost."""
+    """Claim the oldest that are free, shadows after all others.
+
+    What was claimed with the same ticket is what is claimed: its answer was lost.
+    """
     of_model = PredictionRow.model == model
     mine = and_(PredictionRow.status == "processing", PredictionRow.ticket == ticket)
     if id is not None:
@@ -36,7 +41,8 @@ def take(
         if rows:
             return rows
         wanted = select(PredictionRow).where(of_model, _free(now))
-    wanted = wanted.order_by(PredictionRow.created, PredictionRow.id).limit(most)
+    shadows_last = PredictionRow.shadow_of.is_not(None), PredictionRow.created, PredictionRow.id
+    wanted = wanted.order_by(*shadows_last).limit(most)
     rows = session.scalars(wanted.with_for_update(skip_locked=True)).all()
     for row in rows:
         if row.ticket == ticket:
@@ -62,7 +68,10 @@ def finish(
     if row is None or row.status != "processing":
         return row is not None and row.status == "succeeded"
     kept_until = None if keep is None else now + keep
-    record(session, now, [generation(row, picture, now, kept_until) for picture in pictures])
+    drawn = [generation(row, picture, now, kept_until) for picture in pictures]
+    record(session, now, drawn)
+    if row.deleted is not None:
+        bury(session, now, drawn)
     row.metrics = metrics
     end(row, now, "succeeded")
     if pictures:
@@ -75,34 +84,43 @@ def stop(session: Session, now: float, claim: Claim, status: Status, error: str 
     """Fail, or cancel what the holder was asked to cancel."""
     row = _locked(session, claim)
     if row is None or row.status != "processing":
-        return row is not None and row.status == status
+        return row is not None and row.status == status and row.error != LATE  # that end was `expire`'s
     end(row, now, status, error)
     return True
 
 
-def release(session: Session, now: float, claim: Claim) -> None:
-    """Give back what was not begun or cannot be finished: it waits again, and the attempt does not count."""
+def release(session: Session, now: float, claim: Claim) -> Sequence[PredictionRow]:
+    """Give back what was not begun or cannot be finished: it waits again, and the attempt does not count.
+
+    Returns the row if it was to be cancelled, and ended so.
+    """
     row = _locked(session, claim)
     if row is None or row.status != "processing":
-        return
+        return []
     if row.cancel_requested:
         end(row, now, "canceled")
-        return
+        return [row]
     row.status, row.worker, row.ticket, row.lease_end, row.attempt = "starting", None, None, None, row.attempt - 1
+    return []
 
 
-def cancel(session: Session, now: float, id: str) -> PredictionRow | None:
-    """At once where nobody works on it; else its holder is asked to."""
-    row = session.get(PredictionRow, id, with_for_update=True)
-    if row is None or row.status not in LIVE:
-        return row
-    if row.lease_end is None or row.lease_end < now:
-        end(row, now, "canceled")
-    row.cancel_requested = True
-    return row
+def cancel(session: Session, now: float, row: PredictionRow) -> Sequence[PredictionRow]:
+    """Stop what has not ended, and erase its shadows, of which nobody knows. Returns the rows that this ended."""
+    if row.status not in LIVE:
+        return []
+    shadows = _shadows(session, row)
+    _erase(session, now, shadows)
+    return _stop(now, [row, *shadows])
 
 
-def expire(session: Session, now: float) -> int:
+def delete(session: Session, now: float, row: PredictionRow) -> Sequence[PredictionRow]:
+    """Stop it, and erase it with its shadows. Returns the rows that this ended."""
+    rows = [row, *_shadows(session, row)]
+    _erase(session, now, rows)
+    return _stop(now, rows)
+
+
+def expire(session: Session, now: float) -> Sequence[PredictionRow]:
     """End what met its deadline, what its last holder left though it was to be cancelled, and what nobody gets done."""
     late = and_(PredictionRow.status.in_(LIVE), PredictionRow.deadline <= now)
     left = and_(PredictionRow.status == "processing", PredictionRow.lease_end < now)
@@ -111,12 +129,12 @@ def expire(session: Session, now: float) -> int:
     rows = session.scalars(due).all()
     for row in rows:
         if row.deadline is not None and row.deadline <= now:
-            end(row, now, "aborted" if row.started is None else "canceled", "its deadline passed")
+            end(row, now, "aborted" if row.started is None else "canceled", LATE)
         elif row.cancel_requested:
             end(row, now, "canceled")
         else:
             end(row, now, "failed", f"given up: claimed {row.attempt} times, and nobody finished it")
-    return len(rows)
+    return rows
 
 
 def end(row: PredictionRow, now: float, status: Status, error: str | None = None) -> None:
@@ -141,6 +159,32 @@ def _locked(session: Session, claim: Claim) -> PredictionRow | None:
     """The row of a claim, or None where another one came after it. It may have ended."""
     row = session.get(PredictionRow, claim.id, with_for_update=True)
     return row if row is not None and row.token == claim.token else None
+
+
+def _shadows(session: Session, row: PredictionRow) -> Sequence[PredictionRow]:
+    return session.scalars(select(PredictionRow).where(PredictionRow.shadow_of == row.id).with_for_update()).all()
+
+
+def _stop(now: float, rows: Sequence[PredictionRow]) -> Sequence[PredictionRow]:
+    """End at once what nobody works on, which is returned; the holders of others are asked to."""
+    live = [row for row in rows if row.status in LIVE]
+    for row in live:
+        row.cancel_requested = True
+        if row.lease_end is None or row.lease_end < now:
+            end(row, now, "canceled")
+    return [row for row in live if row.status not in LIVE]
+
+
+def _erase(session: Session, now: float, rows: Sequence[PredictionRow]) -> None:
+    """Make tombstones of predictions and of their generations. What is still drawn is buried when it is finished."""
+    if not rows:
+        return
+    for row in rows:
+        _drop_prompt(row)
+        row.drawing = {**row.drawing, "image": None, "mask": None}
+        row.user, row.deleted = None, row.deleted or now
+    of_these = GenerationRow.prediction_id.in_([row.id for row in rows])
+    bury(session, now, session.scalars(select(GenerationRow).where(of_these)).all())
 
 
 def _drop_prompt(row: PredictionRow) -> None:

@@ -1,14 +1,14 @@
-"""What an API key may ask for, counted over the predictions in the database: it holds over any number of ingresses."""
+"""What an API key may ask for, counted in the database: it holds over any number of ingresses."""
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.orm import Session
 
 from raysd.database import take_turns
 from raysd.errors import TooMany
 from raysd.serve.predictions import LIVE
-from raysd.serve.tables import KeyRow, PredictionRow
+from raysd.serve.tables import KeyRequestRow, KeyRow, PredictionRow
 
 MINUTE, DAY = 60.0, 86400.0
 SOON = 2.0
@@ -27,10 +27,7 @@ def enforce(session: Session, now: float, key: str, pictures: int) -> None:
     take_turns(session, f"limits {key}")
     if limits.in_flight is not None and in_flight(session, key) >= limits.in_flight:
         raise TooMany(f"requests in flight: this key may have {limits.in_flight}; wait for one to end", SOON)
-    if limits.requests_per_minute is not None:
-        requests, oldest = _since(session, now - MINUTE, key, func.count())
-        if requests >= limits.requests_per_minute:
-            raise TooMany(f"requests: this key may make {limits.requests_per_minute} a minute", oldest + MINUTE - now)
+    _hold_requests(session, now, limits)
     if limits.pictures_per_day is not None:
         drawn, oldest = _since(session, now - DAY, key, func.sum(PredictionRow.count))
         if drawn + pictures > limits.pictures_per_day:
@@ -40,9 +37,33 @@ def enforce(session: Session, now: float, key: str, pictures: int) -> None:
             )
 
 
+def count(session: Session, now: float, key: str, id: str) -> None:
+    """Write down a request that draws nothing, as `id`, if the key may make it. Raises TooMany."""
+    limits = session.get(KeyRow, key)
+    if limits is None or limits.requests_per_minute is None:
+        return
+    take_turns(session, f"limits {key}")
+    if session.get(KeyRequestRow, id) is not None:  # the answer to its commit was lost
+        return
+    _hold_requests(session, now, limits)
+    session.execute(delete(KeyRequestRow).where(KeyRequestRow.key == key, KeyRequestRow.created <= now - MINUTE))
+    session.add(KeyRequestRow(id=id, key=key, created=now))
+
+
 def in_flight(session: Session, key: str) -> int:
     """Predictions of the key that have not ended."""
     return session.scalar(select(func.count()).where(_of(key), PredictionRow.status.in_(LIVE))) or 0
+
+
+def _hold_requests(session: Session, now: float, limits: KeyRow) -> None:
+    if limits.requests_per_minute is None:
+        return
+    lately = (KeyRequestRow.key == limits.id) & (KeyRequestRow.created > now - MINUTE)
+    others, first = session.execute(select(func.count(), func.min(KeyRequestRow.created)).where(lately)).one()
+    drawn, oldest = _since(session, now - MINUTE, limits.id, func.count())
+    if drawn + others >= limits.requests_per_minute:
+        oldest = min(oldest if drawn else now, now if first is None else first)
+        raise TooMany(f"requests: this key may make {limits.requests_per_minute} a minute", oldest + MINUTE - now)
 
 
 def _since(session: Session, start: float, key: str, number: ColumnElement[Any]) -> tuple[int, float]:

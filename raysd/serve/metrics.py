@@ -12,8 +12,9 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 6
 STEP_SECONDS = (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 PICTURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
-Outcome = Literal["succeeded", "failed", "canceled", "refused", "flagged"]
-"""Of a request; refused: turned away with 429 or 503 before it was written down; flagged: drawn, and none was shown."""
+Outcome = Literal["succeeded", "failed", "canceled", "aborted", "refused", "flagged"]
+"""Of a request; aborted: its deadline passed before anyone began it; refused: turned away with 429 or 503 before it was
+written down; flagged: drawn, and none was shown."""
 Opinion = Literal["up", "down", "stars", "tags", "text", "report", "choice"]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from raysd.export.kept import base_of, make
 from raysd.export.runtime import Runtime
 from raysd.references import Located
+from raysd.registry.files import cache_folder
 from raysd.storage import Storage
 
 
@@ -19,13 +20,15 @@ class OnnxBackend(Runtime):
         located: Located,
         precision: str = "fp32",
         *,
+        stored: bool = True,
         threads: int | None = None,
         watch: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> "OnnxBackend":
         """The whole model at or below `located`; its export is made if there is none, which takes a minute or more.
 
-        A LoRA version is put on it with `add_adapter`. Raises IntegrityError, and RaysdError where the gate refuses.
+        Without `stored` the exports in the store are left alone, for nobody signs them: this machine makes and keeps its
+        own. A LoRA version is put on it with `add_adapter`. Raises IntegrityError, and RaysdError where the gate refuses.
         """
         base = base_of(located, storage)
-        export = make(storage, base, precision, watch)
+        export = make(storage if stored else Storage(str(cache_folder() / "made-here")), base, precision, watch)
         return cls(export.folder, base.family, base.family.geometry(base.folder), threads=threads)

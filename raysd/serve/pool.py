@@ -87,7 +87,8 @@ class Pool:
         self._bases: dict[str, Base] = {}
         self._known: dict[str, Located] = {}  # what is loaded, by digest: its files, verified once a load
         self._changed = threading.Condition()
-        self._loading = threading.Lock()  # one load at a time: two would need twice the memory
+        # One load at a time: two would need twice the memory. What waits for room lets others load meanwhile.
+        self._loading = threading.Lock()
         self._closed = threading.Event()
 
     def watch(self) -> None:
@@ -153,6 +154,7 @@ class Pool:
             self._load_adapter(located, digest)
         with self._changed:
             self._known[digest] = located
+            self._changed.notify_all()
 
     def _watch(self) -> None:
         while not self._closed.wait(REVIEW):
@@ -189,11 +191,10 @@ class Pool:
 
     def _load_base(self, located: Located) -> None:
         key = str(located.folder)
+        size = weight(located.folder)
+        self._make_room(lambda: self._for_base(key, size))
         if key in self._bases:
             return
-        size = weight(located.folder)
-        self._make_room(lambda: len(self._bases) >= self._most_bases, self._idle_bases)
-        self._make_room(lambda: self._overfull(size), self._idle)
         began = time.monotonic()
         pin = self._pin(located) if located.lora is None else None
         base = Base(pin, size, predictor=self._open(located))
@@ -203,16 +204,15 @@ class Pool:
 
     def _load_adapter(self, located: Located, digest: str) -> None:
         base = self._bases[str(located.folder)]
-        if digest in base.adapters:
-            return
         with self._changed:
             base.users += 1  # while room is made for its adapter
         try:
             assert base.predictor is not None
             assert located.lora is not None
             size = weight(located.lora)
-            self._make_room(lambda: len(base.adapters) >= self._most_adapters, lambda: self._idle_adapters(base))
-            self._make_room(lambda: self._overfull(size), self._idle)
+            self._make_room(lambda: self._for_adapter(base, digest, size))
+            if digest in base.adapters:
+                return
             began = time.monotonic()
             base.predictor.backend.add_adapter(digest, located.lora)
             with self._changed:
@@ -221,22 +221,47 @@ class Pool:
         finally:
             with self._changed:
                 base.users -= 1
+                self._changed.notify_all()
 
-    def _make_room(self, crowded: Callable[[], bool], idle: Callable[[], list[Idle]]) -> None:
-        """Let go of what is unused until it is not crowded. Raises Busy where nothing becomes unused."""
+    def _make_room(self, crowding: Callable[[], list[Idle] | None]) -> None:
+        """Let go of what is unused until there is room (None). Raises Busy where nothing becomes unused."""
         end = time.monotonic() + PATIENCE
-        while (chosen := self._spare(crowded, idle, end)) is not None:
-            chosen.drop()
+        while True:
+            with self._changed:
+                unused = crowding()
+            if unused is None:
+                return
+            if unused:
+                min(unused).drop()
+            else:
+                self._stand_aside(lambda: crowding() != [], end)
 
-    def _spare(self, crowded: Callable[[], bool], idle: Callable[[], list[Idle]], end: float) -> Idle | None:
-        """What has to go: unused, and since longest. None if there is room."""
-        with self._changed:
-            while crowded():
-                if found := idle():
-                    return min(found)
-                if not self._changed.wait(max(0.0, end - time.monotonic())) and time.monotonic() >= end:
-                    raise Busy("all models that fit at once are in use: try again later")
+    def _stand_aside(self, met: Callable[[], bool], end: float) -> None:
+        """Let others load until then."""
+        self._loading.release()
+        try:
+            with self._changed:
+                in_time = self._changed.wait_for(met, end - time.monotonic())
+        finally:
+            self._loading.acquire()
+        if not in_time:
+            raise Busy("all models that fit at once are in use: try again later")
+
+    def _for_base(self, key: str, size: int) -> list[Idle] | None:
+        """What may go for a base; None where it has room or is here."""
+        if key in self._bases:
             return None
+        if len(self._bases) >= self._most_bases:
+            return self._idle_bases()
+        return self._idle() if self._overfull(size) else None
+
+    def _for_adapter(self, base: Base, digest: str, size: int) -> list[Idle] | None:
+        """What may go for an adapter; None where it has room or is here."""
+        if digest in base.adapters:
+            return None
+        if len(base.adapters) >= self._most_adapters:
+            return self._idle_adapters(base)
+        return self._idle() if self._overfull(size) else None
 
     def _idle_bases(self) -> list[Idle]:
         bases = self._bases.items()

@@ -59,7 +59,7 @@ class Prediction:
     """A request as it stands. Times are epoch seconds; `pictures` are those that there are (still).
 
     `drawing` is what `Drawing` takes; a prompt that is withheld or deleted is "" in it. `blind`: nobody may be told
-    which version draws it, until a choice was kept.
+    which version draws it, until a choice was kept. `deleted`: when prompt, user and pictures were removed.
     """
 
     id: str
@@ -88,6 +88,7 @@ class Prediction:
     blind: bool
     request_id: str | None
     traceparent: str | None
+    deleted: float | None
 
     @property
     def ended(self) -> bool:

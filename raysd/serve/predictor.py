@@ -84,6 +84,7 @@ class Predictor:
         sample.latents = noise * table.start if clean is None or fresh else of_clean * clean + of_noise * noise
         sample.latents = sample.latents.to(self.device)
         if mask is not None and clean is not None:
+            torch.randn(shape, generator=sample.generator)  # diffusers' for what is left of the picture, which it drops
             sample.kept = (_mask(mask, shape).to(self.device), clean.to(self.device), noise.to(self.device))
         sample.past = torch.zeros(3, *shape, device=self.device)
         return sample

@@ -1,6 +1,6 @@
 """Accepted requests in the database: the one way for work to reach a replica, whichever processes die meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, or_, select, tuple_
@@ -13,6 +13,7 @@ from raysd.errors import NotFound, RequestError
 from raysd.idempotency import Seal, seal
 from raysd.patience import Patient
 from raysd.serve import claims, limits, rows
+from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import LIVE, Claim, Cursor, NewPrediction, Picture, Prediction
 from raysd.serve.tables import PredictionRow
 
@@ -21,11 +22,19 @@ class Queue:
     """The queue in a database. May be shared by threads.
 
     Every method waits up to 30 seconds for a database that is away and raises StorageError then. Each may be made again
-    where its answer was lost. `keep_pictures`: seconds after which a picture's retention ends (None: never).
+    where its answer was lost. `keep_pictures`: seconds after which a picture's retention ends (None: never). `metrics` are
+    told of what ends here; of what a holder ends, the holder tells.
     """
 
-    def __init__(self, database: Database, *, keep_pictures: float | None = None, clock: Clock = sql.now) -> None:
-        self._patient, self._keep = Patient(database, clock), keep_pictures
+    def __init__(
+        self,
+        database: Database,
+        *,
+        keep_pictures: float | None = None,
+        metrics: Metrics | None = None,
+        clock: Clock = sql.now,
+    ) -> None:
+        self._patient, self._keep, self._metrics = Patient(database, clock), keep_pictures, metrics or Metrics.off()
 
     @property
     def one_node(self) -> bool:
@@ -35,8 +44,8 @@ class Queue:
     def submit(self, new: NewPrediction) -> tuple[Prediction, bool]:
         """Accept a request; whether it is new, or its key was seen before and the former one is returned.
 
-        Raises TooMany where a limit of the owner's key is reached, and RequestError for a key that was used for another
-        request or for text that cannot be kept.
+        Raises TooMany where a limit of the owner's key is reached, RequestError for a key that was used for another
+        request or for text that cannot be kept, and NotFound for the shadow of what was cancelled or deleted.
         """
         for name in ("prompt", "negative"):
             if not sql.storable(getattr(new.drawing, name)):
@@ -69,7 +78,10 @@ class Queue:
         return self._patient.read(lambda session: rows.read(session, session.scalars(page).all()))
 
     def claim(self, worker: str, model: str, *, id: str | None = None, most: int = 1) -> list[Claim]:
-        """The right to work on the oldest of a model (or on `id` alone): those that wait, or whose lease has ended."""
+        """The right to work on the oldest of a model (or on `id` alone): those that wait, or whose lease has ended.
+
+        Shadows come after all others.
+        """
         ticket = sql.new_id()
 
         def work(session: Session, now: float) -> list[Claim]:
@@ -100,29 +112,71 @@ class Queue:
 
     def release(self, claim: Claim) -> None:
         """Give back at once, for another to claim, without counting as an attempt."""
-        self._patient.write(lambda session, now: claims.release(session, now, claim))
+        self._ending(lambda session, now: claims.release(session, now, claim))
 
     def cancel(self, id: str) -> Prediction:
-        """Cancel at once what nobody works on; else ask its replica to. What has ended stays. Raises NotFound."""
+        """Cancel at once what nobody works on; else ask its replica to. What has ended stays. Raises NotFound.
+
+        Its shadows are deleted.
+        """
         _check(id)
+        self._ending(lambda session, now: claims.cancel(session, now, _locked(session, id)))
+        return self.get(id)
 
-        def work(session: Session, now: float) -> Prediction:
-            return rows.read(session, [_found(claims.cancel(session, now, id), id)])[0]
+    def delete(self, id: str) -> set[str]:
+        """Cancel it, and remove prompt, user, pictures and what was written of them, and the same of its shadows.
 
-        return self._patient.write(work)
+        Returns the digests of the uploads that it started from and no live prediction does. The files of pictures are
+        there until `Generations.sweep`. Again does nothing more. Raises NotFound.
+        """
+        _check(id)
+        started_from: set[str] = set()
+
+        def work(session: Session, now: float) -> Sequence[PredictionRow]:
+            row = _locked(session, id)
+            started_from.update(_uploads(row.drawing))
+            return claims.delete(session, now, row)
+
+        self._ending(work)
+        return started_from and started_from - self._needed()
 
     def expire(self) -> int:
         """End those past their deadline, and those that were claimed too often. How many; again if it is many."""
-        return self._patient.write(claims.expire)
+        return self._ending(claims.expire)
+
+    def _ending(self, work: Callable[[Session, float], Sequence[PredictionRow]]) -> int:
+        """Do what ends predictions, and tell the metrics of them. How many."""
+
+        def noted(session: Session, now: float) -> list[tuple[str, str, Any, float]]:
+            return [(row.model, row.ref, row.status, now - row.created) for row in work(session, now)]
+
+        ended = self._patient.write(noted)
+        for each in ended:
+            self._metrics.ended(*each)
+        return len(ended)
+
+    def _needed(self) -> set[str]:
+        live = select(PredictionRow.drawing).where(PredictionRow.status.in_(LIVE))
+        return self._patient.read(lambda session: {name for one in session.scalars(live) for name in _uploads(one)})
 
     def waiting(self, model: str) -> int:
-        """Predictions of a model that nobody has claimed."""
-        here = select(func.count()).where(PredictionRow.status == "starting", PredictionRow.model == model)
+        """Predictions of a model that nobody has claimed, but for shadows."""
+        unclaimed = PredictionRow.status == "starting", PredictionRow.shadow_of.is_(None)
+        here = select(func.count()).where(PredictionRow.model == model, *unclaimed)
         return self._patient.read(lambda session: session.scalar(here) or 0)
 
     def in_flight(self, owner: str) -> int:
         """Predictions of an owner that have not ended."""
         return self._patient.read(lambda session: limits.in_flight(session, owner))
+
+    def admit(self, owner: str) -> None:
+        """Count a request of a key that draws nothing. Raises TooMany where it may make no more."""
+        id = sql.new_id()
+        self._patient.write(lambda session, now: limits.count(session, now, owner, id))
+
+    def hold(self, owner: str) -> None:
+        """Raises TooMany where a picture that is asked for now would be refused; counts nothing."""
+        self._patient.write(lambda session, now: limits.enforce(session, now, owner, 1))
 
 
 def _submit(session: Session, now: float, id: str, new: NewPrediction, mark: Seal | None) -> tuple[Prediction, bool]:
@@ -134,7 +188,9 @@ def _submit(session: Session, now: float, id: str, new: NewPrediction, mark: Sea
         if mark is not None and former.seal_body != mark.body:
             raise RequestError("Idempotency-Key: was used for another request; give this one a key of its own")
         return rows.read(session, [former])[0], former.id == id
-    if new.owner is not None and new.shadow_of is None:
+    if new.shadow_of is not None:
+        _refuse_orphan(session, new.shadow_of)
+    elif new.owner is not None:
         limits.enforce(session, now, new.owner, new.drawing.count)
     row = rows.new_row(id, new, mark, now)
     session.add(row)
@@ -142,10 +198,24 @@ def _submit(session: Session, now: float, id: str, new: NewPrediction, mark: Sea
     return rows.read(session, [row])[0], True
 
 
+def _refuse_orphan(session: Session, of: str) -> None:
+    seen = session.get(PredictionRow, of, with_for_update=True)
+    if seen is not None and (seen.cancel_requested or seen.deleted is not None):
+        raise NotFound(f"prediction {of}: was cancelled or deleted")
+
+
+def _uploads(drawing: Mapping[str, Any]) -> set[str]:
+    return {drawing[name] for name in ("image", "mask") if drawing.get(name) is not None}
+
+
 def _check(id: str) -> None:
     """PostgreSQL would refuse what cannot be an id."""
     if not sql.storable(id):
         _found(None, id)
+
+
+def _locked(session: Session, id: str) -> PredictionRow:
+    return _found(session.get(PredictionRow, id, with_for_update=True), id)
 
 
 def _found(row: PredictionRow | None, id: str) -> PredictionRow:

@@ -62,18 +62,25 @@ class Replica:
         self._scheduler = Scheduler(spec.rows, spec.admitted, spec.waiting + spec.admitted * 10, stepped)
         memory = spec.memory and spec.memory * GIB
         self._pool = Pool(
-            store, lambda located: open_base(spec, located, store), spec.bases, spec.adapters, loaded, signers, memory
+            store,
+            lambda located: open_base(spec, located, store, signed=bool(signers)),
+            spec.bases,
+            spec.adapters,
+            loaded,
+            signers,
+            memory,
         )
-        queue = Queue(Database(database, store), keep_pictures=keep)
+        queue = Queue(Database(database, store), keep_pictures=keep, metrics=self._metrics)
         name = f"{platform.node()}/{os.getpid()}"
         finish = open_finish(spec)
         self._worker = Worker(
             name, model, queue, store, self._pool, self._scheduler, self._metrics, spec.admitted, finish
         )
-        self._routes = Routes(store, [spec])
+        self._routes = Routes(store, [spec], signers)
         for target in self._routes.targets():
             self._load(target)
         self._routes.on_change = self._load
+        self._routes.on_refused = lambda target: self._metrics.loaded(model, target.ref, "failed")
         self._pool.watch()
         self._worker.start()
         self._metrics.ready(model)
@@ -147,11 +154,11 @@ def warm(predictor: "Predictor", rows: int) -> None:
     predictor.pictures([samples[0].latents])
 
 
-def open_base(spec: ModelSpec, located: "Located", storage: "Storage") -> "Predictor":
-    """A predictor for the base at or below `located`, on this process's device."""
+def open_base(spec: ModelSpec, located: "Located", storage: "Storage", *, signed: bool = False) -> "Predictor":
+    """A predictor for the base at or below `located`, on this process's device; `signed`: of signed files alone."""
     from raysd.serve.predictor import Predictor
 
-    backend = _onnx(spec, located, storage) if spec.backend == "onnx" else _torch(spec, located)
+    backend = _onnx(spec, located, storage, signed) if spec.backend == "onnx" else _torch(spec, located)
     return Predictor(located.family, located.folder, backend)
 
 
@@ -165,11 +172,12 @@ def _torch(spec: ModelSpec, located: "Located") -> "Backend":
     return TorchBackend(located.family, located.folder, device, precision, compiled=spec.compile)
 
 
-def _onnx(spec: ModelSpec, located: "Located", storage: "Storage") -> "Backend":
+def _onnx(spec: ModelSpec, located: "Located", storage: "Storage", signed: bool) -> "Backend":
     from raysd.serve.onnx import OnnxBackend
 
     def say(event: dict[str, Any]) -> None:
         if event["kind"] == "phase":
             log.warning("%s: %s", located.ref, event["text"])
 
-    return OnnxBackend.open(storage, located, spec.precision or ("fp16" if spec.gpus else "fp32"), watch=say)
+    precision = spec.precision or ("fp16" if spec.gpus else "fp32")
+    return OnnxBackend.open(storage, located, precision, stored=not signed, watch=say)

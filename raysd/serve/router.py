@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -32,7 +32,7 @@ LOOK = 0.1
 LOOK_AT_CALLED = 1.0
 """The same for those that a replica should tell about."""
 COUNT = 1.0
-"""Seconds between counts of what waits."""
+"""Seconds between counts of what waits, and looks for what is past its deadline."""
 COUNT_AGAIN = 0.1
 """Seconds after which it is counted once more before a request is refused, for much may have been claimed since."""
 TIDY = 3600.0
@@ -123,6 +123,7 @@ class Router:
             tracing.note({"raysd.prediction": prediction.id, "raysd.fresh": fresh})
         if fresh:
             self._call(prediction)
+        if fresh and not self._backlogs[ask.model].full:  # nobody would get to them
             for shadow in shadows:
                 task = asyncio.create_task(self._shadow(ask, shadow, prediction))
                 self._shadows.add(task)
@@ -162,6 +163,11 @@ class Router:
         if not prediction.ended and replica is not None:  # it learns it within seconds anyway
             replica.cancel.remote(id)
         return prediction
+
+    async def delete(self, id: str) -> None:
+        prediction = await self.cancel(id)
+        uploads = await asyncio.to_thread(self.queue.delete, prediction.id)
+        await asyncio.to_thread(self._remove, uploads)
 
     async def read(self, path: str) -> bytes:
         return await asyncio.to_thread(self.storage.read, path)
@@ -219,10 +225,9 @@ class Router:
         )
 
     async def _shadow(self, ask: Ask, target: Target, of: Prediction) -> None:
-        """Draw it with another version besides. Nobody waits for it, and its failure is nobody's."""
+        """Have it drawn by another version besides, by whoever has nothing else to do. Its failure is nobody's."""
         try:
-            prediction, _ = await self._written(self._new(ask, target, of.id))
-            self._call(prediction)
+            await asyncio.to_thread(self.queue.submit, self._new(ask, target, of.id))
         except Exception as error:
             log.warning("shadow of %s: %s", of.id, error)
 
@@ -273,7 +278,15 @@ class Router:
         while True:
             for model in self._backlogs:
                 await self._recount(model)
+            await self._expire()
             await asyncio.sleep(COUNT)
+
+    async def _expire(self) -> None:
+        """Replicas do so too; but there may be none."""
+        try:
+            await asyncio.to_thread(self.queue.expire)
+        except Exception as error:
+            log.warning("the database could not be asked: %s", error)
 
     async def _recount(self, model: str) -> None:
         """Where the database does not answer, what was known stands."""
@@ -295,6 +308,12 @@ class Router:
                 await asyncio.to_thread(self._forget_uploads)
             except Exception as error:
                 log.warning("old pictures could not be removed: %s", error)
+
+    def _remove(self, uploads: Set[str]) -> None:
+        """Files of what was deleted. Raises StorageError; then they go when their retention ends."""
+        for sha256 in uploads:
+            self.storage.delete(f"{UPLOADS}/{sha256}.png")
+        self._generations.sweep()
 
     def _forget_uploads(self) -> None:
         now = self.storage.now()

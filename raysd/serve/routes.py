@@ -5,14 +5,14 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from raysd.config.serving import ModelSpec
-from raysd.errors import NotFound, RaysdError, RequestError, StorageError
-from raysd.references import identity, locate
-from raysd.registry import Registry, Version, traffic
-from raysd.registry.records import parse
+from raysd.errors import IntegrityError, NotFound, RaysdError, RequestError, StorageError
+from raysd.references import identity, identity_of, locate
+from raysd.registry import Registry, Version, signing, traffic
+from raysd.registry.records import File, blob_path, parse
 from raysd.serve.http.desk import Ask, Served, Share
 from raysd.storage import Storage
 
@@ -31,7 +31,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Route:
-    """What a served model means now. `base` is the identity of the base that its LoRA versions share."""
+    """What a served model means now. `base` is the identity of the base that its LoRA versions share.
+
+    `bases` are those that all its versions need, `refused` the versions that it should mean and why it does not.
+    """
 
     spec: ModelSpec
     deployed: Target
@@ -39,18 +42,30 @@ class Route:
     base: str
     split: traffic.Traffic
     versions: Mapping[int, Target]
+    bases: frozenset[str] = frozenset()
+    refused: Mapping[Target, str] = field(default_factory=dict)
 
 
 class Routes:
-    """The routes of all served models, looked up anew in the background. May be shared by threads."""
+    """The routes of all served models, looked up anew in the background. May be shared by threads.
 
-    def __init__(self, storage: Storage, models: Sequence[ModelSpec]):
-        self.storage, self.registry = storage, Registry(storage)
+    A version that no replica could load is not switched to, as far as the store tells without a look at the weights:
+    one with a file missing or cut off, one larger than `memory`, and with `signers` (public keys) one that none signed.
+    """
+
+    def __init__(self, storage: Storage, models: Sequence[ModelSpec], signers: Sequence[str] = ()):
+        self.storage, self.registry, self._signers = storage, Registry(storage), signers
         self._models = {model.served_name: model for model in models}
         self._fixed: dict[str, tuple[Target, str]] = {}
         self.on_change: Callable[[Target], None] = lambda target: None
         """Told of each version that comes into use, from the thread that looks."""
+        self.on_refused: Callable[[Target], None] = lambda target: None
+        """Told of each that should and cannot."""
+        self._sound: set[tuple[str, str]] = set()  # by served name, digests of versions that were checked
+        self._routes: dict[str, Route] = {}
         self._routes = {name: self._look(model) for name, model in self._models.items()}
+        for route in self._routes.values():
+            self._report(route, None)
         self._withdrawn: dict[str, Served] = {}  # by served name, what it was and why nothing draws it
         self._stop = threading.Event()
         threading.Thread(target=self._refresh, name="routes", daemon=True).start()
@@ -100,19 +115,22 @@ class Routes:
             raise NotFound(f"version: {model} has no version {version[:80]}") from None
         if found.model != parse(route.spec.ref).model:
             raise NotFound(f"version: {found.ref} is not a version of {model}")
-        return Target(found.ref, found.digest)
+        return _target(found)
 
     def _lora(self, route: Route, ref: str, of: Target) -> Target:
         """A LoRA version over the base of the version `of`. Raises NotFound, RequestError."""
         if not route.spec.loras:
             raise RequestError(f"lora: {route.spec.served_name} is served without LoRA versions")
-        version = self.registry.resolve(ref)
+        try:
+            version = self.registry.resolve(ref)
+        except NotFound:  # whose message names models that this caller may not know of
+            raise NotFound(f"lora: there is no {ref[:80]}") from None
         if not _is_lora(version):
             raise RequestError(f"lora: {version.ref} is a whole model; ask for it as model")
         base = route.base if of == route.deployed else self._base(self.registry.resolve(of.ref))
         if version.record.get("base_digest") != base:
             raise RequestError(f"lora: {version.ref} was trained on another base than {of.ref}'s")
-        return Target(version.ref, version.digest)
+        return _target(version)
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH):
@@ -133,10 +151,21 @@ class Routes:
             self._withdrawn = self._withdrawn | {name: replace(_served(name, self._routes[name]), withdrawn=reason)}
             self._routes = {other: route for other, route in self._routes.items() if other != name}
             return
-        known, self._routes = self.targets(), self._routes | {name: route}
+        last, known, self._routes = self._routes.get(name), self.targets(), self._routes | {name: route}
+        self._report(route, last)
         for target in _targets(route):
             if target not in known:
                 self.on_change(target)
+
+    def _report(self, route: Route, last: Route | None) -> None:
+        """Say what is wrong with a route and was not wrong with the last one."""
+        for target, reason in route.refused.items():
+            if last is None or target not in last.refused:
+                log.error("%s: cannot be drawn with: %s", route.spec.served_name, reason)
+                self.on_refused(target)
+        needed, most = len(route.bases), route.spec.bases
+        if needed > most and (last is None or route.bases != last.bases):
+            log.warning("%s: its versions need `bases: %d`, and it is %d", route.spec.served_name, needed, most)
 
     def _withdrawal(self, name: str) -> str | None:
         """What the registry says of it if a model's version was withdrawn; a store that is away or empty says nothing."""
@@ -154,9 +183,10 @@ class Routes:
         fixed = self._outside(model.ref)
         if fixed is not None:
             return Route(model, fixed[0], 0.0, fixed[1], traffic.Traffic(), {})
-        version = self.registry.resolve(model.ref)
+        refused: dict[Target, str] = {}
+        version = self._deployed(model, refused)
         split = traffic.read(self.storage, version.model)
-        versions = {}
+        versions, bases = {}, {self._base(version)}
         for number in {*split.shares, *split.shadow}:
             try:
                 other = self.registry.resolve(f"{version.model}@{number}")
@@ -165,9 +195,49 @@ class Routes:
             except RaysdError as error:  # withdrawn since: its share goes to the deployed version
                 log.warning("traffic of %s: %s", version.model, error)
                 continue
-            versions[number] = Target(other.ref, other.digest)
+            if self._is_sound(other, model, refused):  # else its share goes there too
+                versions[number] = _target(other)
+                bases.add(self._base(other))
         created = datetime.fromisoformat(version.created).timestamp()
-        return Route(model, Target(version.ref, version.digest), created, self._base(version), split, versions)
+        base = self._base(version)
+        return Route(model, _target(version), created, base, split, versions, frozenset(bases), refused)
+
+    def _deployed(self, model: ModelSpec, refused: dict[Target, str]) -> Version:
+        """What the reference means; as long as that cannot be loaded, what it meant before, if anything."""
+        version, last = self.registry.resolve(model.ref), self._routes.get(model.served_name)
+        if last is None or self._is_sound(version, model, refused):
+            return version
+        return self.registry.resolve(last.deployed.ref)
+
+    def _is_sound(self, version: Version, model: ModelSpec, refused: dict[Target, str]) -> bool:
+        """Whether a replica could load it; if not, it is put among the refused. Raises StorageError."""
+        try:
+            if (model.served_name, version.digest) not in self._sound:
+                self._check(version, model)
+        except StorageError:
+            raise
+        except RaysdError as error:
+            refused[_target(version)] = str(error)
+            return False
+        self._sound.add((model.served_name, version.digest))
+        return True
+
+    def _check(self, version: Version, model: ModelSpec) -> None:
+        if self._signers:
+            signing.check(self.storage, version, self._signers)
+        for file in version.files:
+            if self._size(file) != file.size:
+                raise IntegrityError(f"{version.ref}: {file.path} is missing or cut off in the store")
+        size = sum(file.size for file in version.files if file.path.endswith(".safetensors")) / 2**30
+        if model.memory is not None and size > model.memory:
+            has = f"{size:.3g} GiB of weights, and a replica here has memory for {model.memory:.3g}"
+            raise RequestError(f"{version.ref}: {has}; raise `memory` of the served model")
+
+    def _size(self, file: File) -> int | None:
+        try:
+            return self.storage.size(blob_path(file.sha256))
+        except NotFound:
+            return None
 
     def _outside(self, ref: str) -> tuple[Target, str] | None:
         """A model that is not in the registry, looked at once: it has one version, its bytes."""
@@ -189,12 +259,16 @@ class Routes:
         if _is_lora(version):
             return str(version.record["base_digest"])
         if version.digest not in self._fixed:
-            self._fixed[version.digest] = Target(version.ref, version.digest), identity(self.registry.fetch(version))
+            self._fixed[version.digest] = _target(version), identity_of(version, self.storage)
         return self._fixed[version.digest][1]
 
 
 def _is_lora(version: Version) -> bool:
     return any(file.path.endswith("lora_weights.safetensors") for file in version.files)
+
+
+def _target(version: Version) -> Target:
+    return Target(version.ref, version.digest)
 
 
 def _targets(route: Route) -> list[Target]:

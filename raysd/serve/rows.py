@@ -116,4 +116,5 @@ def _prediction(row: PredictionRow, drawn: Sequence[GenerationRow]) -> Predictio
         blind=row.comparison is not None and all(g.blind for g in drawn),
         request_id=row.request_id,
         traceparent=row.traceparent,
+        deleted=row.deleted,
     )

@@ -40,11 +40,10 @@ def run(
 ) -> None:
     """Serve until SIGINT or SIGTERM, then finish what was begun. `ready` gets the URL; `location` is Serve's, of its proxies.
 
-    Raises RequestError for an address that is taken, or that others reach although the service is not public, for a
-    public service that has no key, and for SQLite on a cluster of several machines.
+    Raises RequestError for an address that is taken, or that others reach although the service is not public (also that
+    of a Serve that runs already), for a public service that has no key, and for SQLite on a cluster of several machines.
     """
-    if not is_loopback(host) and not spec.public:
-        raise RequestError(f"--host {host}: others reach it; give --public, and keys: raysd keys create NAME")
+    _refuse_open(spec, host, "--host")
     shared = "RAY_ADDRESS" in os.environ
     if not shared:
         listen(host, port, public=True).close()  # a proxy that cannot listen would only say so in its log
@@ -57,6 +56,7 @@ def run(
     refuse_split(spec)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(http_options={"host": host, "port": port}, proxy_location=location, logging_config=quiet)
+    _refuse_open(spec, _listens(), "Serve runs already at")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -69,6 +69,18 @@ def run(
             serve.delete(NAME)  # others may serve on that cluster too
         else:
             serve.shutdown()
+
+
+def _refuse_open(spec: ServingSpec, host: str, named: str) -> None:
+    if not is_loopback(host) and not spec.public:
+        raise RequestError(f"{named} {host}: others reach it; give --public, and keys: raysd keys create NAME")
+
+
+def _listens() -> str:
+    """Where Serve's proxies listen: one that ran before keeps its address, whatever was asked for now."""
+    from ray.serve.context import _get_global_client
+
+    return str(_get_global_client().http_config.host)  # Serve tells it nowhere else
 
 
 def _join(spec: ServingSpec) -> None:

@@ -26,6 +26,8 @@ from raysd.serve.predictor import Predictor, Sample
 log = logging.getLogger(__name__)
 FORGET = 0.1
 """Weight of the last step in the occupancy."""
+CALM = 50
+"""Steps that fit, after which the batch may be a row larger again than what did not."""
 
 
 class Busy(RaysdError):
@@ -91,8 +93,9 @@ class Picture:
 class Scheduler:
     """Draws pictures of any number of bases in turns, on a thread of its own between `start` and `stop`.
 
-    `rows` bounds the denoiser's batch (a picture with guidance has two), `admitted` the pictures that take turns,
-    `waiting` those that wait for admission. `stepped(batch, seconds)` is called after each step.
+    `rows` bounds the denoiser's batch (a picture with guidance has two); where memory is short it is smaller for a while.
+    `admitted` bounds the pictures that take turns, `waiting` those that wait for admission. `stepped(batch, seconds)` is
+    called after each step.
     """
 
     def __init__(
@@ -102,7 +105,8 @@ class Scheduler:
         waiting: int = 256,
         stepped: "Callable[[Sequence[Picture], float], None] | None" = None,
     ):
-        self.rows, self._most_admitted, self._most_waiting = rows, admitted, waiting
+        self.rows, self._most_rows, self._calm = rows, rows, 0
+        self._most_admitted, self._most_waiting = admitted, waiting
         self._stepped = stepped or (lambda batch, seconds: None)
         self._waiting: deque[Picture] = deque()
         self._admitted: list[Picture] = []
@@ -216,12 +220,12 @@ class Scheduler:
         """Step the batch. What does not fit is tried with half as many rows; what fails otherwise ends its pictures."""
         try:
             batch[0].predictor.advance([picture.started for picture in batch], batch[0].adapter)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if len(batch) > 1:
-                self.rows = max(1, sum(picture.started.rows for picture in batch) // 2)
-                log.warning("out of memory with %d pictures: %d rows from now on", len(batch), self.rows)
+                self.rows, self._calm = max(1, sum(picture.started.rows for picture in batch) // 2), 0
+                log.warning("out of memory with %d pictures: %d rows for now", len(batch), self.rows)
                 return False
-            self._end(batch[0], OutOfMemory("one picture of this size does not fit: ask for a smaller one"))
+            self._end(batch[0], error)
             return False
         except Exception as error:
             log.exception("a denoising step failed")
@@ -233,7 +237,14 @@ class Scheduler:
         self._filled += FORGET * (min(1.0, used) - self._filled)
         for picture in batch:
             picture.turn = self._turn
+        self._grow()
         return True
+
+    def _grow(self) -> None:
+        """What did not fit may do so later: with smaller pictures, or when another model has gone."""
+        self._calm += 1
+        if self._calm >= CALM:
+            self.rows, self._calm = min(self._most_rows, self.rows + 1), 0
 
     def _hand_out(self, batch: Sequence[Picture]) -> None:
         """Decode the pictures that are done, and the previews that are due."""
@@ -262,10 +273,11 @@ class Scheduler:
                 trail.decoded(time.monotonic() - began)
             return list(images)
         except Exception as error:
-            if isinstance(error, FloatingPointError) and len(pictures) > 1:  # find out whose it is
-                return [image for picture in pictures for image in self._decoded([picture], done)]
-            log.exception("decoding failed")
-            return [error] * len(pictures)
+            if len(pictures) == 1 or not isinstance(error, FloatingPointError | torch.OutOfMemoryError):
+                log.exception("decoding failed")
+                return [error.with_traceback(None)] * len(pictures)  # its frames hold tensors
+        # Find out whose it is, or whether each fits alone; after the handler, for the same reason.
+        return [image for picture in pictures for image in self._decoded([picture], done)]
 
     def _end(self, picture: Picture, result: Any) -> None:
         with self._changed:
@@ -276,6 +288,8 @@ class Scheduler:
         picture.ended = time.monotonic()
         if picture.trail is not None:
             picture.trail.end()
+        if isinstance(result, torch.OutOfMemoryError):
+            result = OutOfMemory("one picture of this size does not fit: ask for a smaller one")
         if isinstance(result, FloatingPointError):
             self.not_finite += 1
         elif isinstance(result, Image.Image):

@@ -1,4 +1,4 @@
-"""The tables of predictions and API keys. Times are epoch seconds."""
+"""The tables of predictions, of API keys and of what counts against their limits. Times are epoch seconds."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ class PredictionRow(Base):
 
     `token` grows by one a claim and never falls: it fences those who lost theirs. `attempt` counts the claims that were
     not given back. `ticket` names the call that claimed, so that the call can be made again. `request_id` and
-    `traceparent` (W3C) are those of the HTTP request, for who follows one through logs and traces.
+    `traceparent` (W3C) are those of the HTTP request, for who follows one through logs and traces. A `deleted` one is a
+    tombstone: no prompt, user, pictures, nor digests of what it started from.
     """
 
     __tablename__ = "predictions"
@@ -25,6 +26,7 @@ class PredictionRow(Base):
         Index("ix_predictions_status_model_created", "status", "model", "created"),
         Index("ix_predictions_owner_created", "owner", "created"),
         Index("ix_predictions_created", "created"),
+        Index("ix_predictions_shadow_of", "shadow_of"),
     )
 
     id: Mapped[str] = mapped_column(String(26), primary_key=True)
@@ -58,6 +60,7 @@ class PredictionRow(Base):
     seal_body: Mapped[str | None] = mapped_column(String(64))
     request_id: Mapped[str | None] = mapped_column(String(64))
     traceparent: Mapped[str | None] = mapped_column(String(55))
+    deleted: Mapped[float | None] = mapped_column(Double)
 
 
 class KeyRow(Base):
@@ -74,3 +77,14 @@ class KeyRow(Base):
     in_flight: Mapped[int | None]
     created: Mapped[float] = mapped_column(Double)
     revoked: Mapped[float | None] = mapped_column(Double)
+
+
+class KeyRequestRow(Base):
+    """A request of the last minute that is no prediction: feedback, an upload. Only of keys with a limit of requests."""
+
+    __tablename__ = "key_requests"
+    __table_args__ = (Index("ix_key_requests_key_created", "key", "created"),)
+
+    id: Mapped[str] = mapped_column(String(26), primary_key=True)
+    key: Mapped[str] = mapped_column(String(26))
+    created: Mapped[float] = mapped_column(Double)

@@ -13,7 +13,10 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 
 
 class Backend(Protocol):
-    """One base and the adapters put on it, shared by threads. Tensors in and out are fp32, on the CPU or `device`."""
+    """One base and the adapters put on it, shared by threads. Tensors in and out are fp32, on the CPU or `device`.
+
+    Raises torch.OutOfMemoryError for what does not fit, whatever runs the networks.
+    """
 
     device: torch.device
 

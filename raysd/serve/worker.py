@@ -7,10 +7,13 @@ cut off, what it finishes after that is refused, so that each prediction ends on
 import hashlib
 import io
 import logging
+import queue as queues
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -42,6 +45,18 @@ LOOK = 1.0
 
 Watch = Callable[[int, int, bytes], None]
 """Gets previews: the number of the picture, the preview's index, PNG."""
+Due = queues.SimpleQueue[tuple[int, int, Image.Image] | None]
+"""Previews that are drawn and not shown yet; None where a picture has ended."""
+
+
+@dataclass
+class Work:
+    """A claim that is being drawn. `watch` may come later than the claim."""
+
+    claim: Claim
+    watch: Watch | None
+    ended: "Future[None]"
+    pictures: Sequence[Picture] = ()
 
 
 class Worker:
@@ -64,7 +79,7 @@ class Worker:
         self.finish = finish or Finish()
         self.queued = 0
         """Predictions of the model that nobody has claimed, when it was last looked."""
-        self._claims: dict[str, tuple[Claim, list[Picture]]] = {}
+        self._claims: dict[str, Work] = {}
         self._lock = threading.Lock()
         self._stop, self._room = threading.Event(), threading.Event()
         self._hands = ThreadPoolExecutor(most, thread_name_prefix="prediction")
@@ -88,7 +103,14 @@ class Worker:
         return len(self._claims)
 
     def take(self, id: str, watch: Watch | None = None) -> "Future[None] | None":
-        """Draw that prediction; the future ends with it. None: another has it, it has ended, or there is no room."""
+        """Draw that prediction, or watch it where it is drawn here already; the future ends with it.
+
+        None: another has it, it has ended, or there is no room.
+        """
+        with self._lock:
+            if (work := self._claims.get(id)) is not None:
+                work.watch = watch or work.watch
+                return work.ended
         if self._stop.is_set() or self.in_work >= self.most:
             return None
         begun = [self._begin(claim, watch) for claim in self.queue.claim(self.name, self.model, id=id)]
@@ -96,23 +118,24 @@ class Worker:
 
     def _begin(self, claim: Claim, watch: Watch | None = None) -> "Future[None]":
         with self._lock:
-            self._claims[claim.id] = claim, []
+            ended = self._hands.submit(self._traced, claim)
+            self._claims[claim.id] = Work(claim, watch, ended)
         self.metrics.in_progress(self.model, self.in_work)
-        return self._hands.submit(self._traced, claim, watch)
+        return ended
 
-    def _traced(self, claim: Claim, watch: Watch | None) -> None:
+    def _traced(self, claim: Claim) -> None:
         """As a part of the trace of the request that asked for it."""
         prediction, now = claim.prediction, time.time_ns()
         tracing.told("queue", min(int(prediction.created * 1e9), now), now, parent=prediction.traceparent)
         with tracing.span("predict", _about(claim), parent=prediction.traceparent, kind=SpanKind.CONSUMER):
-            self._draw(claim, watch)
+            self._draw(claim)
 
-    def _draw(self, claim: Claim, watch: Watch | None) -> None:
+    def _draw(self, claim: Claim) -> None:
         """From a claim to its end, whatever happens."""
         prediction = claim.prediction
         try:
             with self.pool.use(prediction.ref, prediction.digest) as ready:
-                images, times = self._drawn(claim, ready, watch)
+                images, times = self._drawn(claim, ready)
             kept = self._kept(claim, images, times)
             if self.queue.finish(claim, kept, times):
                 self.metrics.drawn(self.model, prediction.ref, len(kept))
@@ -140,31 +163,36 @@ class Worker:
             if full:  # others may have found no room
                 self._room.set()
 
-    def _drawn(self, claim: Claim, ready: Ready, watch: Watch | None) -> tuple[list[Image.Image], dict[str, Any]]:
+    def _drawn(self, claim: Claim, ready: Ready) -> tuple[list[Image.Image], dict[str, Any]]:
         prediction = claim.prediction
         drawing = Drawing.model_validate(prediction.drawing)
         inputs = {name: self._upload(getattr(drawing, name)) for name in ("image", "mask")}
+        due: Due = queues.SimpleQueue()
         pictures = [
             Picture(
                 ready.predictor,
                 drawing.of(number),
                 adapter=ready.adapter,
                 deadline=prediction.deadline,
-                preview=partial(self._preview, watch, prediction, number) if watch and self.finish.previews else None,
+                preview=partial(_put, due, number) if self.finish.previews else None,
                 label=prediction.ref,
                 **inputs,
             )
             for number in range(drawing.count)
         ]
         with self._lock:
-            self._claims[claim.id] = claim, pictures
+            work = self._claims[claim.id]
+            work.pictures = pictures
         self.scheduler.submit(pictures)
-        wait([picture.future for picture in pictures])
+        for picture in pictures:
+            picture.future.add_done_callback(lambda _: due.put(None))
+        for _ in pictures:
+            self._show(work, due)
         for number, picture in enumerate(pictures):
             tracing.told_of_picture(picture.trail, {"raysd.picture": number, "raysd.sampler": drawing.sampler})
         images = [picture.future.result() for picture in pictures]
         self.metrics.waited(self.model, prediction.ref, max(0.0, time.time() - prediction.created - pictures[0].spent))
-        return images, {"predict_time": max(picture.spent for picture in pictures)}
+        return images, {"draw_time": max(picture.spent for picture in pictures)}
 
     def _kept(self, claim: Claim, images: Sequence[Image.Image], times: dict[str, Any]) -> list[Kept]:
         """Write what may be shown. Raises Flagged where that is none of them."""
@@ -255,7 +283,7 @@ class Worker:
     def _renew(self) -> None:
         """Renew all claims; what is not ours any more, or was cancelled, ends."""
         with self._lock:
-            claims = [claim for claim, _ in self._claims.values()]
+            claims = [work.claim for work in self._claims.values()]
         held = self.queue.renew(claims) if claims else set()
         for claim in claims:
             if claim.id not in held:
@@ -265,13 +293,22 @@ class Worker:
         """End a prediction that is drawn here at its next step."""
         with self._lock:
             found = self._claims.get(id)
-        for picture in found[1] if found else ():
+        for picture in found.pictures if found else ():
             picture.cancel()
 
-    def _preview(self, watch: Watch, prediction: Prediction, number: int, index: int, image: Image.Image) -> None:
-        body = io.BytesIO()
-        self.finish.marked(image, prediction.digest).save(body, "PNG")
-        watch(number, index, body.getvalue())
+    def _show(self, work: Work, due: Due) -> None:
+        """Mark and encode previews, beside the scheduler's thread, until a picture has ended."""
+        for number, index, image in iter(due.get, None):
+            if work.watch is None:
+                continue
+            with suppress(Exception):  # whoever looks on does not disturb
+                body = io.BytesIO()
+                self.finish.marked(image, work.claim.prediction.digest).save(body, "PNG")
+                work.watch(number, index, body.getvalue())
+
+
+def _put(due: Due, number: int, index: int, image: Image.Image) -> None:
+    due.put((number, index, image))
 
 
 def _about(claim: Claim) -> dict[str, Any]:

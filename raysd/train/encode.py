@@ -1,7 +1,9 @@
 """Fill the caches: latents of pictures and embeddings of captions, in this process for a few, by Ray Data for many."""
 
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from raysd.config.training import TrainingSpec
 from raysd.data.augment import apply, variant
 from raysd.data.cache import TensorCache, evict
 from raysd.data.source import read_picture
-from raysd.errors import TrainingFailed
+from raysd.errors import RaysdError, TrainingFailed
 from raysd.quiet import import_quickly
 from raysd.references import locate
 from raysd.storage import Storage
@@ -29,6 +31,8 @@ ROWS_A_SHARD = 256
 CACHE_BYTES = 200 * 2**30
 CACHE_SECONDS = 90 * 86_400.0
 """The caches keep at most this much, and nothing unused for longer."""
+KEEP_PERIOD = 3600.0
+"""Seconds between two times that a run marks what it reads as used."""
 
 Rows = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -100,8 +104,18 @@ class CaptionEncoder:
 
 def is_filled(plan: Plan, storage: Storage) -> bool:
     """Whether the cache has all latents of the run."""
-    wanted = {key for item in (*plan.train, *plan.validation) for key in item.latents}
-    return not TensorCache(storage.child(plan.latents)).refresh().missing(wanted)
+    return not TensorCache(storage.child(plan.latents)).refresh().missing(_latents(plan))
+
+
+@contextmanager
+def keeping_caches(plan: Plan, storage: Storage) -> Iterator[None]:
+    """Meanwhile mark the run's tensors as used: it may take longer than a use protects them from eviction."""
+    ended = threading.Event()
+    threading.Thread(target=_keep, args=(plan, storage, ended), name="caches", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def fill_latents(plan: Plan, storage: Storage, spec: TrainingSpec, progress: Progress) -> int:
@@ -114,7 +128,7 @@ def fill_latents(plan: Plan, storage: Storage, spec: TrainingSpec, progress: Pro
         for index, key in enumerate(item.latents)
     }
     absent = cache.missing(wanted)
-    cache.keep_alive(wanted.keys() - set(absent))
+    cache.keep_alive(wanted)
     rows = [wanted[key] for key in absent]
     _encode(PictureEncoder, (storage.url, spec.base, plan.latents, spec), rows, "encode pictures", progress)
     return len(rows)
@@ -125,10 +139,22 @@ def fill_text(plan: Plan, storage: Storage, spec: TrainingSpec, progress: Progre
     cache = TensorCache(storage.child(plan.text)).refresh()
     wanted = captions(plan)
     absent = cache.missing(wanted)
-    cache.keep_alive(wanted.keys() - set(absent))
+    cache.keep_alive(wanted)
     rows = [{"key": key, "caption": wanted[key]} for key in absent]
     _encode(CaptionEncoder, (storage.url, spec.base, plan.text, spec), rows, "encode captions", progress)
     return len(rows)
+
+
+def _keep(plan: Plan, storage: Storage, ended: threading.Event) -> None:
+    latents, text = (TensorCache(storage.child(space)) for space in (plan.latents, plan.text))
+    while not ended.wait(KEEP_PERIOD):
+        with suppress(RaysdError):  # there is time for another try
+            latents.refresh().keep_alive(_latents(plan))
+            text.refresh().keep_alive(captions(plan))
+
+
+def _latents(plan: Plan) -> set[str]:
+    return {key for item in (*plan.train, *plan.validation) for key in item.latents}
 
 
 def _encode(

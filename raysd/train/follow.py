@@ -22,13 +22,22 @@ Watch = Callable[[dict[str, Any]], None]
 
 
 class Follower:
-    """Drains the link in the background until closed. The only writer of metrics.jsonl.
+    """Drains the link in the background until closed. The only writer of metrics.jsonl, while `holds` says that it is.
 
     Records of steps that are done again after a restart replace the former ones.
     """
 
-    def __init__(self, run: Storage, link: Any, trackers: Trackers, watch: Watch, on_stop: Callable[[], None]):
-        self.run, self.link, self.trackers, self.watch, self.on_stop = run, link, trackers, watch, on_stop
+    def __init__(
+        self,
+        run: Storage,
+        link: Any,
+        trackers: Trackers,
+        watch: Watch,
+        on_stop: Callable[[], None],
+        holds: Callable[[], bool],
+    ):
+        self.run, self.link, self.trackers, self.watch = run, link, trackers, watch
+        self.on_stop, self.holds = on_stop, holds
         self.rows = runs.metrics(run)
         self._ended = threading.Event()
         self._next_write = 0.0
@@ -70,7 +79,7 @@ class Follower:
                 self.trackers.log(record["step"], {name: record[name] for name in TRACKED if name in record})
             elif kind == "validation":
                 self._validation(record)
-            elif kind == "usage":
+            elif kind == "usage" and self.holds():
                 self.run.write(runs.USAGE, json.dumps(record).encode())
             elif kind == "checkpoint":
                 self._next_write = 0.0  # a resume goes on from here: what led to it is written now
@@ -85,7 +94,7 @@ class Follower:
         self.trackers.log(record["step"], value)
 
     def _write(self) -> None:
-        if not self.rows:
+        if not self.rows or not self.holds():
             return
         began = time.monotonic()
         self.run.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows).encode())

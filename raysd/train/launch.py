@@ -11,26 +11,35 @@ from typing import Any
 from raysd import cluster
 from raysd.cluster import PREEMPTION_WATCHER
 from raysd.config import TrainingSpec
+from raysd.config.training import ScaleSpec
 from raysd.data.dataset import prepare
-from raysd.errors import LeaseLost, NotFound, RaysdError, RequestError, TrainingFailed
+from raysd.data.source import public
+from raysd.errors import LeaseHeld, LeaseLost, NotFound, OutOfMemory, RaysdError, RequestError, TrainingFailed
 from raysd.lease import Lease
 from raysd.methods import METHODS
 from raysd.plan.fit import check_dry, check_fit
+from raysd.plan.shapes import build
 from raysd.references import Located, identity, locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
 from raysd.train.checkpoint import Progress
-from raysd.train.encode import fill_latents, fill_text, is_filled
+from raysd.train.encode import fill_latents, fill_text, is_filled, keeping_caches
 from raysd.train.follow import Follower
 from raysd.train.link import open_link
+from raysd.train.memory import killed_for_memory, memory_remedy
 from raysd.train.plan import Plan, base_of, make_plan, total_steps
 from raysd.train.publish import publish
 from raysd.train.runs import LEASE, RunRecord
-from raysd.train.track import Trackers
+from raysd.train.track import Trackers, require_trackers
 from raysd.train.worker import Job, train_worker
 
 Watch = Callable[[dict[str, Any]], None]
 """Told what happens: {"kind": "phase" | "count" | "start" | "step" | "validation" | "checkpoint" | "notice", ...}."""
+HOW = (
+    *("workers", "zero_stage", "offload", "gradient_checkpointing", "gpus", "cpus", "accelerator", "placement"),
+    *("hang_minutes", "restarts"),
+)
+"""Of `scale`: what may change between two attempts of one run."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +73,26 @@ def train(
     run = runs.storage_of(root, name)
     existing = _existing(root, name, spec)
     known = Plan.load(run) if existing else plan
+    if existing is None or existing.training_spec().scale != spec.scale:
+        check_devices(spec)
     located = locate(base_of(spec, known), root)
     new_plan = None if existing else plan or plan_for(spec, root, located, watch)
     root.require_swap()
     launch = Launch(spec, name, root, run, located, watch, asked)
     with launch.lease():
-        return launch.run_all(existing or RunRecord(name, spec.model_dump(mode="json")), new_plan)
+        held = _existing(root, name, spec)
+        if (held and held.id) != (existing and existing.id):
+            raise LeaseHeld(f"run {name}: another process had it meanwhile; give the command again")
+        record = held or RunRecord(name, {})
+        if record.status != "finished":
+            record = replace(record, spec=spec.model_dump(mode="json"))
+        return launch.run_all(record, new_plan)
 
 
 def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[str, Any]:
     """What a run would do, everything checked and nothing trained."""
     runs.storage_of(root, name)
+    check_devices(spec)
     located = locate(spec.base, root)
     plan = plan_for(spec, root, located, watch)
     _tell(watch, check_dry(spec, located.folder))
@@ -82,7 +100,7 @@ def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[
         "base": located.ref,
         "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
         "steps": total_steps(spec, len(plan.train)),
-        "spec": spec.model_dump(mode="json"),
+        "spec": runs.public_spec(spec.model_dump(mode="json")),
     }
 
 
@@ -108,7 +126,7 @@ class Launch:
 
     @contextmanager
     def lease(self) -> Iterator[None]:
-        """Hold the run. When the lease is lost the workers are stopped, and what they write is refused by its token."""
+        """Hold the run. When the lease is lost the workers are ended, and what they write is refused by its token."""
         self.held = Lease.acquire(self.run, LEASE)
         self.held.start(self._on_lost)
         try:
@@ -144,17 +162,27 @@ class Launch:
 
     def _train(self, record: RunRecord, plan: Plan, total: int) -> None:
         self.watch({"kind": "phase", "text": "starting Ray"})
-        if not is_filled(plan, self.root):
-            # The libraries that encode take as long to import as Ray's processes to start.
-            threading.Thread(target=self.located.family.import_libraries, daemon=True).start()
+        # The libraries that encode take as long to import as Ray's processes to start. They are waited for: a second
+        # thread that imports diffusers meanwhile may get the module from before it has its names.
+        importing = threading.Thread(target=self._import_to_encode, args=(plan,), daemon=True)
+        importing.start()
         cluster.join(self.spec.scale.most_workers)
+        importing.join()
         _tell(self.watch, check_fit(self.spec, self.located.folder))
+        with keeping_caches(plan, self.root):
+            self._fill_and_fit(plan, total)
+
+    def _import_to_encode(self, plan: Plan) -> None:
+        if not is_filled(plan, self.root):
+            self.located.family.import_libraries()
+
+    def _fill_and_fit(self, plan: Plan, total: int) -> None:
         fill_caches(plan, self.root, self.pinned, self.watch)
-        self.held.check()  # until now there was nobody to stop
+        self.held.check()  # until now there was nobody to end
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
         self.link = open_link()
         trackers = Trackers(self.run, self.name, self.spec, lambda text: _tell(self.watch, text))
-        follower = Follower(self.run, self.link, trackers, self.watch, self._stop)
+        follower = Follower(self.run, self.link, trackers, self.watch, self._stop, self._holds)
         try:
             with _on_signals(self._interrupt):
                 problem = self._fit(self._job(total))
@@ -164,7 +192,7 @@ class Launch:
 
     def _job(self, total: int) -> Job:
         notices = os.environ.get(PREEMPTION_WATCHER) != "0"
-        return Job(self.root.url, self.name, self.held.token, total, self.pinned, self.link, notices)
+        return Job(self.root.url, self.name, self.held.token, self.held.nonce, total, self.pinned, self.link, notices)
 
     def _fit(self, job: Job) -> BaseException | None:
         """Run the Ray Train controller in a thread, so that this one hears signals. Returns what it raised."""
@@ -181,7 +209,9 @@ class Launch:
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
-            if self.lost is not None or self.asked():
+            if self.lost is not None:
+                self._abandon()
+            elif self.asked():
                 self._stop()
         return raised[0] if raised else None
 
@@ -189,12 +219,12 @@ class Launch:
         import ray
 
         if self.lost is not None:
-            raise LeaseLost(
-                f"run {self.name}: {self.lost}\ngo on from the last checkpoint: raysd runs resume {self.name}"
-            )
+            raise self._loss()
         failure: RaysdError | None = ray.get(self.link.failure.remote())
         if failure is not None:
             raise failure
+        if problem is not None and (killed := killed_for_memory(problem)):
+            raise OutOfMemory(f"run {self.name}: {killed}\n{memory_remedy(self.spec)}")
         if problem is not None:
             raise TrainingFailed(
                 f"run {self.name}: {_last_line(problem)}\n"
@@ -235,11 +265,26 @@ class Launch:
 
     def _on_lost(self, reason: str) -> None:
         self.lost = reason
-        self._stop()
+        self._abandon()
+
+    def _loss(self) -> LeaseLost:
+        return LeaseLost(f"run {self.name}: {self.lost}\ngo on from the last checkpoint: raysd runs resume {self.name}")
+
+    def _abandon(self) -> None:
+        """Another may train this run in some seconds: there is no time for a step's end or a checkpoint."""
+        if self.link is not None:
+            self.link.abandon.remote(self._loss())
 
     def _stop(self) -> None:
         if self.link is not None:
             self.link.stop.remote()
+
+    def _holds(self) -> bool:
+        try:
+            self.held.check()
+        except LeaseLost:
+            return False
+        return True
 
 
 def _tell(watch: Watch, warning: str | None) -> None:
@@ -259,25 +304,37 @@ def fill_caches(plan: Plan, root: Storage, spec: TrainingSpec, watch: Watch) -> 
 
 
 def _existing(root: Storage, name: str, spec: TrainingSpec) -> RunRecord | None:
-    """The run of that name, if there is one and its spec is this one."""
+    """The run of that name, if there is one and it learns the same: on how many workers, and where, may change.
+
+    One of another spec that did no step is none: its request was wrong, or it was stopped before.
+    """
     try:
         record = runs.read(root, name)
     except NotFound:
         return None
-    if record.training_spec() != spec:
+    if _learnt(record.training_spec()) != _learnt(spec):
+        if record.checkpoint is None and not runs.metrics(runs.storage_of(root, name)):
+            return None
         asked = RunRecord(name, spec.model_dump(mode="json"))
         changed = ", ".join(path for path, _, _ in runs.differences(record, asked) if not path.startswith("result."))
         raise RequestError(
             f"run {name} exists with other settings ({changed[:120]})\n"
-            f"choose another --name, or go on with it as it is: raysd runs resume {name}"
+            f"choose another --name, or go on with it as it is: raysd runs resume {name}\n"
+            f"or remove it: raysd runs delete {name}"
         )
     return record
+
+
+def _learnt(spec: TrainingSpec) -> TrainingSpec:
+    """Without what changes how a run is computed and not what comes out, but for rounding."""
+    plain = {name: field.default for name, field in ScaleSpec.model_fields.items() if name in HOW}
+    return spec.model_copy(update={"scale": spec.scale.model_copy(update=plain)})
 
 
 def plan_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> Plan:
     """Check the data and the base; nothing is written. Raises RequestError."""
     _refuse_unfit(spec, located)
-    watch({"kind": "phase", "text": f"checking {spec.data.source}"})
+    watch({"kind": "phase", "text": f"checking {public(spec.data.source)}"})
 
     def count(done: int, of: int) -> None:
         watch({"kind": "count", "text": "check pictures", "done": done, "of": of})
@@ -287,8 +344,17 @@ def plan_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) 
     return make_plan(dataset, located, spec)
 
 
+def check_devices(spec: TrainingSpec) -> None:
+    """What only the cluster can tell: RAY_ADDRESS's, which is joined, else that of this machine. Raises RequestError."""
+    if os.environ.get("RAY_ADDRESS"):
+        cluster.join(spec.scale.most_workers)
+    if cluster.allot(spec.scale).gpus == 0 and spec.scale.precision == "fp16":
+        raise RequestError("scale.precision fp16 needs a GPU: use bf16 or fp32")
+
+
 def _refuse_unfit(spec: TrainingSpec, located: Located) -> None:
-    """What only the base can tell. Raises RequestError."""
+    """What only the base and the packages installed can tell. Raises RequestError."""
+    require_trackers(spec)
     if located.lora is not None:
         raise RequestError(
             f"base {spec.base}: holds an adapter, not a whole model; train from its base, or a full version"
@@ -299,6 +365,8 @@ def _refuse_unfit(spec: TrainingSpec, located: Located) -> None:
             f"loss.prediction {spec.loss.prediction}: an adapter predicts what its base does ({predicts}); "
             "leave it at base, or use method.kind full"
         )
+    if spec.method.kind == "lora" and spec.method.targets is not None:
+        build(located.folder, spec)
 
 
 def _trainer(job: Job, run: Storage, name: str) -> Any:

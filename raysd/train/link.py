@@ -1,30 +1,35 @@
 """The wire between a run's workers and its driver: an actor that holds records until the driver takes them."""
 
+import os
 import threading
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import ray
 
 from raysd.errors import RaysdError
+from raysd.train.hang import EXIT
 
+Wish = Literal["go on", "stop", "end"]
+"""What the driver wants of the workers: `stop` is with a checkpoint, `end` at once and without."""
 PERIOD = 0.3
 """Seconds between two exchanges."""
 
 
 @ray.remote(num_cpus=0)
 class Link:
-    """Records flow to the driver, the wish to stop flows to the workers. Dies with the driver."""
+    """Records flow to the driver, what it wishes flows to the workers. Dies with the driver."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
-        self.stopping = False
+        self.wish: Wish = "go on"
         self.problem: RaysdError | None = None
 
-    def exchange(self, records: list[dict[str, Any]]) -> bool:
-        """From rank 0: take its records, tell it whether to stop."""
+    def exchange(self, records: list[dict[str, Any]]) -> Wish:
+        """From rank 0: take its records, tell it what the driver wishes."""
         self.records += records
-        return self.stopping
+        return self.wish
 
     def take(self) -> list[dict[str, Any]]:
         """From the driver: what has come since."""
@@ -32,7 +37,14 @@ class Link:
         return taken
 
     def stop(self) -> None:
-        self.stopping = True
+        """From the driver: write a checkpoint and end."""
+        if self.wish == "go on":
+            self.wish = "stop"
+
+    def abandon(self, problem: RaysdError) -> None:
+        """From the driver: end at once, write nothing more, and do not begin again."""
+        self.wish = "end"
+        self.fail(problem)
 
     def fail(self, problem: RaysdError) -> None:
         """From any rank: this cannot be mended by starting again."""
@@ -51,10 +63,13 @@ def open_link() -> Any:
 
 
 class Reporter:
-    """Rank 0's end: collects records and exchanges them in the background, so that no step waits for Ray."""
+    """Rank 0's end: collects records and exchanges them in the background, so that no step waits for Ray.
 
-    def __init__(self, link: Any):
-        self.link = link
+    Where the driver abandons the run, this process ends in the midst of its step, and so takes the other ranks with it.
+    """
+
+    def __init__(self, link: Any, end: Callable[[int], None] = os._exit):
+        self.link, self._end = link, end
         self.stop_requested = False
         self._records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
@@ -79,4 +94,7 @@ class Reporter:
     def _exchange(self) -> None:
         with self._lock:
             records, self._records = self._records, []
-        self.stop_requested = bool(ray.get(self.link.exchange.remote(records))) or self.stop_requested
+        wish: Wish = ray.get(self.link.exchange.remote(records))
+        if wish == "end":
+            self._end(EXIT)
+        self.stop_requested = wish == "stop" or self.stop_requested

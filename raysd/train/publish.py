@@ -13,7 +13,7 @@ from raysd.storage import Storage
 from raysd.train import checkpoint
 from raysd.train.checkpoint import Checkpoint
 from raysd.train.plan import Plan
-from raysd.train.runs import RunRecord
+from raysd.train.runs import RunRecord, public_spec
 
 
 def publish(
@@ -72,7 +72,7 @@ def _lineage(record: RunRecord, chosen: Checkpoint, located: Located, plan: Plan
         "data_digest": plan.data_digest,
         "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
         "run": {"name": record.name, "id": record.id, "step": chosen.step},
-        "spec": record.spec,
+        "spec": public_spec(record.spec),
         "metrics": {"base_validation_loss": chosen.progress.base_loss, "validation_loss": chosen.progress.last},
         "code": revision.code(),
     }

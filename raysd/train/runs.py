@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from raysd import revision
 from raysd.config import TrainingSpec, load
+from raysd.data.source import without_secrets
 from raysd.errors import LeaseHeld, NotFound, RequestError
-from raysd.lease import holder
+from raysd.lease import Lease, holder
 from raysd.storage import Storage
 from raysd.train import checkpoint
 
@@ -43,6 +44,17 @@ class RunRecord:
 
     def training_spec(self) -> TrainingSpec:
         return load(TrainingSpec, self.spec, self.name)
+
+
+def public_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings without passwords and signatures in URLs: for all but the record, which a resume reads."""
+    source, mlflow = spec["data"]["source"], spec["track"]["mlflow"]
+    data = {**spec["data"], "source": without_secrets(source)}
+    return {**spec, "data": data, "track": {**spec["track"], "mlflow": mlflow and without_secrets(mlflow)}}
+
+
+def public(record: RunRecord) -> RunRecord:
+    return replace(record, spec=public_spec(record.spec))
 
 
 def storage_of(root: Storage, name: str) -> Storage:
@@ -89,7 +101,14 @@ def delete(root: Storage, name: str) -> None:
     """Remove a run and its checkpoints; published versions stay. Raises LeaseHeld while it runs."""
     if read(root, name).status == "running":
         raise LeaseHeld(f"run {name} is running: raysd runs stop {name} first")
-    root.delete_tree(f"runs/{name}")
+    run = storage_of(root, name)
+    with Lease.acquire(run, LEASE):
+        run.delete(RECORD)  # first: from here on it is no run, wherever this ends
+        for entry in run.list(recursive=False):
+            if entry.path.endswith("/"):
+                run.delete_tree(entry.path)
+            elif entry.path != LEASE:  # it stays, as its token has to go on growing
+                run.delete(entry.path)
 
 
 def metrics(run: Storage) -> list[dict[str, Any]]:

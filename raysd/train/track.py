@@ -10,6 +10,7 @@ from raysd.config import TrainingSpec
 from raysd.errors import RequestError
 from raysd.quiet import bring_in
 from raysd.storage import Storage
+from raysd.train.runs import public_spec
 
 
 class Tracker(Protocol):
@@ -48,7 +49,7 @@ class MLflow:
         mlflow.set_experiment("raysd")
         self.mlflow = mlflow
         mlflow.start_run(run_name=name)
-        mlflow.log_dict(spec.model_dump(mode="json"), "spec.json")
+        mlflow.log_dict(public_spec(spec.model_dump(mode="json")), "spec.json")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.mlflow.log_metrics(dict(values), step=step)
@@ -60,7 +61,7 @@ class MLflow:
 class Wandb:
     def __init__(self, project: str, name: str, spec: TrainingSpec):
         wandb = _require("wandb")
-        self.run = wandb.init(project=project, name=name, config=spec.model_dump(mode="json"))
+        self.run = wandb.init(project=project, name=name, config=public_spec(spec.model_dump(mode="json")))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
@@ -86,6 +87,13 @@ class Prometheus:
 
     def close(self) -> None:
         self.gauges.clear()
+
+
+def require_trackers(spec: TrainingSpec) -> None:
+    """Raises RequestError for a tracker that is asked for and not installed."""
+    for name in ("mlflow", "wandb"):
+        if getattr(spec.track, name):
+            _require(name)
 
 
 class Trackers:

@@ -31,6 +31,7 @@ from raysd.train.engine import Engine, build_engine
 from raysd.train.hang import HangWatch
 from raysd.train.link import Reporter
 from raysd.train.loop import ADVICE, StepRecord, Votes, training_steps
+from raysd.train.memory import is_out_of_memory, memory_advice
 from raysd.train.plan import Plan, captions
 from raysd.train.profile import Profiler
 from raysd.train.runs import LEASE
@@ -47,6 +48,7 @@ class Job:
     root: str
     run: str
     token: int
+    nonce: str
     total: int
     spec: TrainingSpec
     link: Any
@@ -65,9 +67,9 @@ def train_worker(config: dict[str, Any]) -> None:
         ray.get(job.link.fail.remote(problem))
         raise
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        shortage = OutOfMemory(_memory_advice(job.spec, error))
+        shortage = OutOfMemory(memory_advice(job.spec, error))
         ray.get(job.link.fail.remote(shortage))
         raise shortage from error
 
@@ -248,7 +250,7 @@ class Worker:
 
     def _saver(self) -> checkpoint.Saver:
         def fence() -> None:
-            check_fence(self.store, LEASE, self.job.token)
+            check_fence(self.store, LEASE, self.job.token, self.job.nonce)
 
         return checkpoint.Saver(self.store, self.engine, self.ema, self.job.token, fence)
 
@@ -312,33 +314,3 @@ def load_weights(module: nn.Module, run: Storage, resumed: Checkpoint) -> None:
         for name, read in readers.items():
             if name.startswith("weight/"):
                 parameters[name.removeprefix("weight/")].copy_(read())
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in text
-        or "out of memory" in text
-    )
-
-
-def _memory_advice(spec: TrainingSpec, error: BaseException) -> str:
-    asked = (str(error).splitlines() or ["out of memory"])[0][:200]
-    per_worker = -(-spec.optim.batch_size // spec.scale.most_workers)
-    tries = []
-    if (spec.optim.micro_batch or per_worker) > 1:
-        tries.append(f"--optim.micro_batch {max(1, (spec.optim.micro_batch or per_worker) // 2)}")
-    if not spec.scale.gradient_checkpointing:
-        tries.append("--scale.gradient_checkpointing true")
-    if spec.scale.precision == "fp32":
-        tries.append("--scale.precision bf16")
-    if spec.scale.zero_stage < 3 and spec.scale.most_workers > 1 and spec.optim.kind == "adamw":
-        tries.append(f"--scale.zero_stage {spec.scale.zero_stage + 1}")
-    if spec.method.kind == "full":
-        tries.append("--method.kind lora")
-    return (
-        f"out of memory on {os.uname().nodename}: {asked}\n"
-        f"asked for: batch {spec.optim.batch_size} over {spec.scale.most_workers} workers at {spec.data.resolution} px\n"
-        f"try: {' or '.join(tries[:3]) or 'a smaller data.resolution or a larger machine'}"
-    )

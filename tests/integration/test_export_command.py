@@ -35,7 +35,7 @@ def pytorchs(located: Located) -> np.ndarray:
     return np.asarray(draw(located, [request])[0], int)
 
 
-def test_a_lora_version_is_kept_merged_and_the_base_goes_into_a_folder(
+def test_what_serves_a_lora_version_is_kept_and_it_goes_merged_into_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -48,11 +48,15 @@ def test_a_lora_version_is_kept_merged_and_the_base_goes_into_a_folder(
 
     done = raysd("export", version.ref, "--format", "onnx", storage=store)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{store}/exports/{version.digest}/fp32"
+    assert done.stdout.strip() == f"{store}/exports/{identity(base)}/fp32"
     assert "graphs: 4/4" in done.stderr
-    located = locate(version.ref, storage)
-    export = kept(storage, located, "fp32")
+    export = kept(storage, locate("tiny-sd", storage), "fp32")
     assert export is not None
+    assert export.manifest["adapters"] == "inputs"
+
+    done = raysd("export", version.ref, "--format", "onnx", "--out", str(tmp_path / "merged"), storage=store)
+    assert done.returncode == 0, done.stderr
+    located, export = locate(version.ref, storage), opened(tmp_path / "merged")
     assert export.manifest["adapters"] == "merged"
     assert np.abs(drawn(located, export) - pytorchs(located)).max() <= 2
 

@@ -15,14 +15,17 @@ import pytest
 import yaml
 
 from raysd.serve.metrics import METRICS, Metrics
+from raysd.train import track
+from raysd.train.follow import TRACKED
 from tests.conftest import free_port
 
 SERVE = Path(__file__).parents[2] / "serve"
 RULES, TESTS = SERVE / "prometheus" / "rules.yaml", SERVE / "prometheus" / "rules_test.yaml"
 CONFIG, DASHBOARD = SERVE / "prometheus" / "prometheus.yaml", SERVE / "grafana" / "dashboard.json"
-EXPORTED = {name for metric in METRICS for name in metric.exported}
+TRAINED = {"ray_raysd_train_step", "ray_raysd_train_slowest_lag"}
+EXPORTED = {name for metric in METRICS for name in metric.exported} | TRAINED
 OF_RAY = {"ray_node_disk_utilization_percentage"}
-LABELS = {"model", "version", "outcome", "le", "WorkerId", "NodeAddress"}
+LABELS = {"run", "model", "version", "outcome", "le", "WorkerId", "NodeAddress"}
 PATIENCE = 60
 
 
@@ -175,6 +178,7 @@ def prometheus(ray_address: str, tmp_path: Path) -> Iterator[Prometheus]:
 
     tell_everything(Metrics.to_ray())
     tell_everything(Metrics.to_ray())  # two parts of one process share its metrics
+    track.Prometheus("cats").log(1, dict.fromkeys(TRACKED, 1.0))
     node = ray.nodes()[0]
     server = Prometheus(tmp_path, f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}")
     yield server

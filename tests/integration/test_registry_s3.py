@@ -195,5 +195,5 @@ def test_a_killed_holder_is_succeeded_at_once(store: Storage) -> None:
         lost = threading.Event()
         lease.start(lambda reason: lost.set())
         lease.renew()
-        check_fence(store, "lease.json", 2)
+        check_fence(store, "lease.json", 2, lease.nonce)
         assert not lost.is_set()

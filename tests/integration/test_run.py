@@ -57,7 +57,8 @@ def test_the_registry_lists_the_version_with_its_files_and_lineage(finished):
 def test_publishing_the_same_finished_run_twice_gives_the_same_version(finished, ray_address):
     store, path, _ = finished
     again = json_of(raysd("train", str(path), "--name", "first", "--json", storage=store, address=ray_address))
-    resumed = json_of(raysd("runs", "resume", "first", "--json", storage=store, address=ray_address))
+    words = ["runs", "resume", "first", "--scale.workers", "1", "--scale.zero-stage", "0", "--json"]
+    resumed = json_of(raysd(*words, storage=store, address=ray_address))
     assert again["version"] == resumed["version"] == "cats@1"
     assert [model.versions for model in Registry(Storage(str(store))).models()] == [[1]]
 

@@ -178,7 +178,7 @@ def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_
     assert process.returncode == 1
     assert "Traceback" not in err
     with pytest.raises(Exception, match="run"):
-        check_fence(store_of(tmp_path), runs.LEASE, body["token"])
+        check_fence(store_of(tmp_path), runs.LEASE, body["token"], body["nonce"])
     last = checkpoint.latest(store_of(tmp_path))
     assert last is not None
     assert last.step < 4000

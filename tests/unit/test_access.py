@@ -1,5 +1,7 @@
 """Who may use a service: keys, roles, limits, owners; and on loopback nobody from elsewhere."""
 
+import base64
+
 import pytest
 from fastapi.testclient import TestClient
 
@@ -8,6 +10,7 @@ from raysd.serve.http.application import secret_in
 from raysd.serve.http.links import Links, user_digest
 from raysd.serve.keys import Keys
 from raysd.storage import Storage
+from tests.records import png
 from tests.serving import parts
 
 BODY = {"prompt": "a red circle", "model": "cats", "num_inference_steps": 1}
@@ -24,7 +27,7 @@ def public(tmp_path_factory):
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
     service = parts(tmp_path_factory.mktemp("local"))
-    with TestClient(service.app, base_url=HERE) as client:
+    with TestClient(service.app, base_url=HERE, client=("127.0.0.1", 1)) as client:
         yield service, client
 
 
@@ -125,6 +128,7 @@ def test_an_owner_sees_his_own_and_the_admin_all(public):
         assert [client.get(path, headers=who).status_code for who in (mine, others, admin)] == [200, 404, 200]
     assert client.post(f"/v1/predictions/{id}/cancel", headers=others).status_code == 404
     assert client.delete(f"/v1/generations/{generation}", headers=others).status_code == 404
+    assert client.delete(f"/v1/predictions/{id}", headers=others).status_code == 404
     pages = [client.get("/v1/predictions", headers=who).json()["results"] for who in (mine, others, admin)]
     listed = [[each["id"] for each in page] for page in pages]
     assert (listed[0], listed[1]) == ([id], [])
@@ -169,6 +173,31 @@ def test_a_limit_is_429_and_says_when_to_come_back(public, limits, allowed, long
     asked = {"version": "cats", "input": {"prompt": "x"}}
     refused = client.post("/v1/predictions", json=asked, headers=headers)
     assert (refused.status_code, refused.json()["title"]) == (429, "Too many requests")
+
+
+def test_what_draws_nothing_is_limited_too(public):
+    """Whoever it is said for; and no picture is kept of a request that is refused."""
+    service, client = public
+    made = generate(client, bearer(service.key())).json()["data"][0]["generation"]
+    files = {"content": ("a.png", png(1), "image/png")}
+
+    def rate(headers, user):
+        about = {"generation": made, "thumb": "up"}
+        return client.post("/v1/feedback", json=about, headers={**headers, "X-Raysd-User": user})
+
+    headers = bearer(service.key(requests_per_minute=2))
+    said = [rate(headers, "a"), rate(headers, "b"), rate(headers, "c"), generate(client, headers)]
+    assert [answer.status_code for answer in said] == [201, 201, 429, 429]
+    headers = bearer(service.key(requests_per_minute=1))
+    sent = [client.post("/v1/files", files=files, headers=headers) for _ in range(2)]
+    assert [answer.status_code for answer in sent] == [201, 429]
+    kept = list(service.storage.list("uploads"))
+    link = "data:image/png;base64," + base64.b64encode(png(9)).decode()
+    asked = {"version": "cats", "input": {"prompt": "x", "image": link}}
+    assert client.post("/v1/predictions", json=asked, headers=headers).status_code == 429
+    form = {"data": {"prompt": "x", "model": "cats"}, "files": {"image": ("a.png", png(9), "image/png")}}
+    assert client.post("/v1/images/edits", **form, headers=headers).status_code == 429
+    assert list(service.storage.list("uploads")) == kept
 
 
 # On loopback
@@ -216,6 +245,25 @@ def test_a_page_of_another_site_cannot_have_anything_drawn(local, headers, statu
 def test_a_form_of_another_site_is_no_request(local):
     answer = local[1].post("/v1/images/generations", content='{"prompt": "x"}', headers={"Content-Type": "text/plain"})
     assert answer.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("client", "status"),
+    [
+        (("127.0.0.1", 1), 200),
+        (("127.8.0.1", 1), 200),
+        (("::1", 1), 200),
+        (("10.0.0.7", 1), 403),
+        (("2001:db8::1", 1), 403),
+    ],
+)
+def test_who_comes_from_elsewhere_is_refused_whatever_name_he_calls(local, client, status):
+    """Serve listens on every address where nothing else is said."""
+    elsewhere = TestClient(local[0].app, base_url="http://localhost:8000", client=client)
+    key = bearer(local[0].key("admin"))
+    answers = [elsewhere.get("/v1/predictions", headers=headers) for headers in ({}, key)]
+    assert [answer.status_code for answer in answers] == [status] * 2
+    assert ("public: true" in answers[0].text) == (status == 403)
 
 
 # Headers

@@ -8,10 +8,14 @@ from pathlib import Path
 import pytest
 
 from raysd import cli
-from raysd.cli.specs import dotted
+from raysd.cli.specs import dotted, recipe_of
+from raysd.config import override
 from raysd.errors import RequestError
 from raysd.quiet import native_logs
 from raysd.registry.records import blob_path
+from raysd.storage import Storage
+from raysd.train import runs
+from raysd.train.runs import RunRecord
 from tests.base import toml
 from tests.cluster import raysd
 from tests.pictures import photo
@@ -45,8 +49,11 @@ def refused(done):
         (["runs", "shwo"], "No such command 'shwo'"),
         (["generate", "tiny-sd"], "Missing option '--prompt'"),
         (["generate", "tiny-sd", "--prompt", "x", "--out", "x.gif"], "--out x.gif: name a .png file"),
+        (
+            ["generate", "tiny-sd", "--prompt", "x", "--out", "x.png", "--seed", str(2**63 - 1), "--count", "2"],
+            f"--seed {2**63 - 1}: at most {2**63 - 2} with --count 2",
+        ),
         (["export", "tiny-sd", "--format", "gguf", "--out", "x"], "--format gguf: one of diffusers, kohya, onnx"),
-        (["export", "tiny-sd", "--format", "onnx"], "tiny-sd: is no version in the registry"),
         (["export", "tiny-sd", "--format", "onnx", "--precision", "int4", "--out", "x"], "--precision int4: one of"),
         (["export", "tiny-sd", "--format", "kohya"], "--out: --format kohya needs it"),
     ],
@@ -124,6 +131,21 @@ def test_help_of_a_recipe_lists_its_paths_with_values_and_meanings(tmp_path):
     for word in ("optim.lr", "scale.zero_stage", "Learning rate after warm-up", "method.rank"):
         assert word in done.stdout
     assert "method.text_encoder" not in done.stdout
+    assert "[fewest, most]" in done.stdout
+
+
+def test_what_looks_like_markup_or_emoji_is_printed_as_it_is(tmp_path):
+    prompt = "[sks] [/x] zorb :cat: [bold]"
+    spec = override(recipe_of("lora-demo"), {"data.prompt": prompt})
+    root = Storage(str(tmp_path))
+    for name in ("one", "two"):
+        spec = override(spec, {"data.prompt": f"{prompt} {name}"})
+        runs.write(runs.storage_of(root, name), RunRecord(name, spec.model_dump(mode="json"), status="failed"))
+    for words in (("show", "one"), ("diff", "one", "two")):
+        done = raysd("runs", *words, storage=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert f"{prompt} one" in done.stdout
+    assert prompt in refused(raysd("train", "lora-demo", "--name", prompt, "--dry-run", storage=tmp_path))
 
 
 def test_data_that_training_would_refuse_is_reported_and_ends_in_status_2(tmp_path):
@@ -156,6 +178,17 @@ def test_an_unexpected_error_is_one_line_and_its_details_are_kept(monkeypatch, c
     lines = capfd.readouterr().err.strip().splitlines()
     assert lines[0] == "ZeroDivisionError: division by zero"
     assert "Traceback" in Path(lines[1].removeprefix("details: ")).read_text()
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 0), (None, 0), (2, 2), (15, 1), ("words", 1)])
+def test_every_exit_status_is_one_that_is_documented(monkeypatch, tmp_path, code, status):
+    """Ray ends a process that gets SIGTERM with the signal's number."""
+
+    def ended(**options: object) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "app", ended)
+    assert cli._run(tmp_path / "log") == status
 
 
 def test_what_compiled_code_writes_is_kept_in_a_file(capfd):

@@ -10,12 +10,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from PIL import Image
+from sqlalchemy import select
 
 from raysd import cli
 from raysd import client as raysd_client
 from raysd.cli import output, predictions
 from raysd.client import Client
 from raysd.errors import NotFound, RaysdError, RequestError, TooMany
+from raysd.feedback.tables import FeedbackRow
 from raysd.serve.http import predictions as routes
 from tests.conftest import free_port
 from tests.serving import SIDE, listening, parts
@@ -52,6 +54,30 @@ def test_ask_now_and_fetch_later(client):
     done = client.wait(asked.id, timeout=60)
     assert (done.status, len(done.output), len(done.generations)) == ("succeeded", 2, 2)
     assert Image.open(io.BytesIO(client.picture(done.generations[1]))).size == (SIDE, SIDE)
+
+
+def test_each_user_is_heard_for_himself(client, service):
+    one, two = (client.generate("x", seed=seed, **FAST)[0].generation for seed in (1, 2))
+    assert client.compare(one, two, "left", user="anna") == ("cats@1", "cats@1")
+    client.feedback(one, thumb="up", user="anna")
+    client.feedback(one, thumb="up", user="bert")
+    with service[0].database.reading() as session:
+        anna, again, bert = session.scalars(
+            select(FeedbackRow.user).order_by(FeedbackRow.created.desc()).limit(3)
+        ).all()[::-1]
+    assert anna == again != bert
+    client.predict("x", user="anna", **FAST)
+    assert service[0].desk.asks[-1].user == anna
+    with pytest.raises(RequestError, match="user: printable ASCII"):
+        client.feedback(one, thumb="up", user="a\nb")
+
+
+def test_what_is_deleted_is_gone(client):
+    asked = client.wait(client.predict("a red circle", **FAST).id, timeout=60)
+    client.delete(asked.id)
+    assert client.get(asked.id).generations == []
+    with pytest.raises(NotFound):
+        client.picture(f"{asked.id}-0")
 
 
 def test_what_takes_too_long_and_is_stopped(client, service, monkeypatch):

@@ -5,6 +5,7 @@ import functools
 import re
 import shlex
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from botocore.validate import ParamValidator
 from jsonschema import ValidationError
 from ray.autoscaler._private.util import validate_config
 
+from raysd.plan.devices import devices
+from raysd.plan.fit import PREFIX
 from tests.manifests import parse
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +229,22 @@ def test_secrets_come_from_the_cloud_and_into_a_file_of_ones_own(path: Path) -> 
     assert "RAY_AUTH_MODE=token" in written
 
 
+@pytest.mark.parametrize("path", CLOUDS, ids=name_of)
+def test_grafana_knows_its_prometheus_and_its_dashboards(path: Path) -> None:
+    config = read(path)
+    (start,) = [command for command in config["head_setup_commands"] if "grafana/grafana" in command]
+    folder = ROOT / config["file_mounts"]["~/raysd-files/grafana"]
+    assert '-v "$HOME/raysd-files/grafana:/etc/raysd:ro"' in start
+    assert "GF_PATHS_PROVISIONING=/etc/raysd/provisioning" in start
+    (source,) = read(folder / "provisioning/datasources/prometheus.yaml")["datasources"]
+    assert f"RAY_PROMETHEUS_HOST={source['url']}\n" in path.read_text()
+    ours, of_ray = read(folder / "provisioning/dashboards/files.yaml")["providers"]
+    assert ours["options"]["path"] == "/etc/raysd"
+    assert (folder / "dashboard.json").exists()
+    assert of_ray["options"]["path"].startswith("/tmp/ray/")
+    assert "-v /tmp/ray:/tmp/ray:ro" in start
+
+
 # Versions and sizes.
 
 
@@ -260,11 +279,14 @@ def test_workers_come_from_nothing_and_the_cluster_knows_how_far(path: Path) -> 
     assert head["resources"] == {"CPU": 0}
     assert all(kind.get("min_workers", 0) == 0 for kind in kinds.values())
     assert sum(kind["max_workers"] for kind in kinds.values()) == config["max_workers"]
-    most = {
-        name: sum(kind["max_workers"] * kind["resources"].get(name, 0) for kind in kinds.values())
-        for name in ("CPU", "GPU")
+    most: Counter[str] = Counter()
+    for kind in kinds.values():
+        most.update({name: kind["max_workers"] * count for name, count in kind["resources"].items()})
+    text = ",".join(f"{name}={most[name]}" for name in sorted(most))
+    assert f"RAYSD_CLUSTER_RESOURCES={text}\n" in path.read_text()
+    assert {name for name in most if name.startswith(PREFIX)} <= {
+        PREFIX + kind for d in devices().values() for kind in d.ray
     }
-    assert f"RAYSD_CLUSTER_RESOURCES=CPU={most['CPU']},GPU={most['GPU']}\n" in path.read_text()
     markets = {(kind["labels"]["ray.io/market-type"], "GPU" in kind["resources"]) for kind in kinds.values()}
     assert markets >= {("spot", True), ("on-demand", True), ("on-demand", False)}
     assert config["idle_timeout_minutes"] <= 10
@@ -294,6 +316,12 @@ def test_a100_machines_have_their_network_and_no_keys() -> None:
     assert "NCCL_SOCKET_IFNAME=" in settings
     for name, kind in read(CLUSTER / "gcp.yaml")["available_node_types"].items():
         assert name == "head" or kind["node_config"]["serviceAccounts"]
+
+
+def test_the_head_may_look_up_the_image_that_it_names() -> None:
+    """EC2 resolves it with the rights of the caller of RunInstances."""
+    assert "resolve:ssm:/aws/service/deeplearning/" in (CLUSTER / "aws.yaml").read_text()
+    assert "`ssm:GetParameters`" in (ROOT / "docs/runbook.md").read_text()
 
 
 def test_the_readme_starts_the_local_cluster_as_its_file_says() -> None:

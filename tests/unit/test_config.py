@@ -61,6 +61,13 @@ def test_the_paths_that_everything_relies_on_exist_and_have_a_meaning():
     assert all(known[path].meaning for path in PATHS if path != "method.kind")
 
 
+def test_lists_are_told_by_their_members():
+    kinds = {row.path: row.kind for row in describe(TrainingSpec)}
+    assert kinds["scale.workers"] == "integer | [integer, integer]"
+    assert kinds["optim.betas"] == "[number, number]"
+    assert kinds["validation.prompts"] == "[text, …]"
+
+
 def test_override_sets_paths_with_hyphens_and_text_values(spec):
     changed = override(
         spec, {"optim.lr": "3e-5", "scale.zero-stage": "2", "optim.batch-size": 4, "scale.workers": "[1, 2]"}

@@ -207,6 +207,35 @@ def test_a_cut_archive_is_refused(tmp_path, uploads, cut):
     refused(tmp_path, uploads, body[:cut], "not a (whole )?zip")
 
 
+def test_an_archive_without_its_beginning_is_refused(tmp_path, uploads):
+    """Its table of contents is whole, and has its first members begin before the file."""
+    body = packed(*((f"{n}.png", encoded(photo(n, 32))) for n in range(3)))
+    refused(tmp_path, uploads, body[10:], r"0\.png is damaged|not a whole zip")
+
+
+def test_offsets_beyond_what_a_file_can_have_are_refused(tmp_path, uploads):
+    body = bytearray(packed(("a.png", encoded(photo(1)))))
+    start, end = body.rindex(b"PK\x01\x02"), body.rindex(b"PK\x05\x06")
+    extra = struct.pack("<HHQ", 1, 8, 2**63)  # zip64: where the member begins
+    body[start + 30 : start + 32] = struct.pack("<H", len(extra))
+    body[start + 42 : start + 46] = b"\xff" * 4
+    body[end + 12 : end + 16] = struct.pack("<I", end - start + len(extra))
+    body[end:end] = extra
+    refused(tmp_path, uploads, bytes(body), r"a\.png is damaged|not a whole zip")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 10_000), junk=st.binary(min_size=1, max_size=8), cut=st.integers(0, 40))
+def test_flipped_bytes_of_an_archive_end_in_files_or_a_data_error(tmp_path, position, junk, cut):
+    position %= len(ARCHIVE)
+    body = ARCHIVE[cut:position] + junk + ARCHIVE[position + len(junk) :]
+    (tmp_path / "x.zip").write_bytes(body)
+    try:
+        open_source(str(tmp_path / "x.zip"), Storage(str(tmp_path / "storage")).child("uploads"))
+    except DataError as error:
+        assert "x.zip" in str(error)  # noqa: PT017
+
+
 def test_a_damaged_member_is_named(tmp_path, uploads):
     body = bytearray(packed(("a.png", bytes(range(256)) * 9), method=zipfile.ZIP_STORED))
     body[300] ^= 0xFF
@@ -390,18 +419,19 @@ def test_redirects_lead_nowhere_but_http(uploads, monkeypatch, location):
 def test_redirects_size_and_status_are_bounded_and_named(uploads, monkeypatch):
     names(monkeypatch, {"site.test": PUBLIC})
     monkeypatch.setattr(download, "MAX_ARCHIVE_BYTES", 100)
-    answers = {"/x.zip": (200, {}, ARCHIVE), "/loop": (302, {"Location": "/loop"}, b"")}
+    answers = {"/x.zip": (200, {}, ARCHIVE), "/loop": (302, {"Location": "/loop"}, b""), "/lost": (302, {}, b"")}
     with serving(answers) as (port, hosts):
         site = f"http://site.test:{port}"
         for path, said in (
             ("/x.zip", "larger than"),
             ("/loop", "more than 5 redirects"),
             ("/gone?a=secret", "answered 404"),
+            ("/lost", "answered 302"),
         ):
             with pytest.raises(DataError, match=said) as caught:
                 open_source(site + path, uploads)
             assert "secret" not in str(caught.value)
-        assert len(hosts) == 1 + 6 + 1
+        assert len(hosts) == 1 + 6 + 1 + 1
 
 
 def test_a_compressed_answer_is_not_expanded(uploads, monkeypatch):

@@ -200,6 +200,23 @@ def test_a_user_is_capped_and_no_other(records, queue, storage, say, clock):
         say(generation, thumb="up")
 
 
+def test_a_key_is_capped_whoever_it_names(queue, storage, database, clock):
+    asked = []
+    admit = lambda session, now, owner, id: asked.append(owner)  # noqa: E731
+    records = Records(database, most_of_key=3, admit=admit, clock=clock)
+    (one,) = drawn(queue, storage, new())
+    up = Feedback(generation=one, thumb="up")
+    for name in "abc":
+        records.keep(up, user=name, owner="k1", key="once")
+    records.keep(up, user="a", owner="k1", key="once")
+    with pytest.raises(TooMany, match="feedback: one key gives at most 3 in 24 hours"):
+        records.keep(up, user="d", owner="k1")
+    records.keep(up, user="d", owner="k2")
+    for name in "efgh":
+        records.keep(up, user=name)
+    assert asked == ["k1"] * 3 + ["k2"], "what is kept already is asked for by nobody"
+
+
 def test_many_at_once_pass_no_cap(queue, storage, database, say):
     (generation,) = drawn(queue, storage, new())
 

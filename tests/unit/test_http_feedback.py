@@ -18,7 +18,7 @@ ABSENT = "a" * 26 + "-0"
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     service = parts(tmp_path_factory.mktemp("service"))
-    with TestClient(service.app, base_url="http://127.0.0.1:8000") as client:
+    with TestClient(service.app, base_url="http://127.0.0.1:8000", client=("127.0.0.1", 1)) as client:
         yield service, client
 
 
@@ -132,6 +132,22 @@ def test_nothing_tells_two_versions_apart_before_the_choice(service, client):
     assert drawn(client, pair["left"]).text != {}
 
 
+def test_nothing_tells_two_models_apart_before_the_choice(service, client):
+    pair = compared(client, versions=["cats@1", "tiny-sd"])
+    ask = service[0].desk.asks[-1]
+    assert ask.deadline - time.time() == pytest.approx(3600, abs=30)
+    for side in ("left", "right"):
+        drawn(client, pair[side])
+        for path in (f"generations/{pair[side]}", f"predictions/{pair[side].partition('-')[0]}"):
+            said = client.get(f"/v1/{path}").text
+            assert "cats" not in said
+            assert "tiny-sd" not in said
+    chosen = {"pair": {"left": pair["left"], "right": pair["right"], "choice": "tie"}}
+    assert client.post("/v1/feedback", json=chosen).status_code == 201
+    told = {client.get(f"/v1/generations/{pair[side]}").json()["model"] for side in ("left", "right")}
+    assert told == {"cats", "tiny-sd"}
+
+
 def test_sides_are_by_lot(service, client):
     """Each version on the left in 40 comparisons: never has a chance of 2^-40."""
     first = set()
@@ -205,7 +221,7 @@ def test_comparisons_that_are_refused(service, client, wrong, status, said):
 
 def test_health(tmp_path):
     service = parts(tmp_path, served=(TINY,))
-    with TestClient(service.app, base_url="http://127.0.0.1") as client:
+    with TestClient(service.app, base_url="http://127.0.0.1", client=("127.0.0.1", 1)) as client:
         assert client.get("/readyz").json() == {"status": "ready", "models": ["tiny-sd"]}
         service.desk.served.clear()
         assert client.get("/readyz").status_code == 503

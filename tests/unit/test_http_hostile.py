@@ -27,7 +27,7 @@ WAYS = ["/v1/images/generations", "/v1/predictions", "/v1/comparisons", "/v1/fee
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
     service = parts(tmp_path_factory.mktemp("service"))
-    with TestClient(service.app, base_url=HERE, raise_server_exceptions=False) as client:
+    with TestClient(service.app, base_url=HERE, client=("::1", 1), raise_server_exceptions=False) as client:
         yield service, client
 
 
@@ -159,7 +159,7 @@ def test_sizes(client, size):
 
 def test_the_operators_bounds(tmp_path):
     bounds = {"most_steps": 10, "most_pixels": 64 * 64, "most_pictures": 2}
-    with TestClient(parts(tmp_path, http=bounds).app, base_url=HERE) as client:
+    with TestClient(parts(tmp_path, http=bounds).app, base_url=HERE, client=("::1", 1)) as client:
         for wrong, field in (
             ({"num_inference_steps": 11}, "num_inference_steps"),
             ({"size": "64x128"}, "size"),

@@ -164,6 +164,23 @@ def test_a_stream_that_fails_says_so(client, service, monkeypatch):
         client.images.generate(prompt="x", model="cats", extra_body=FAST)
 
 
+@pytest.mark.parametrize(("how", "status"), [("failed", 500), ("canceled", 409)])
+def test_what_has_ended_badly_is_not_asked_for_again(client, service, monkeypatch, how, status):
+    """The client's own retries, which it makes at 409 and 500, would draw it anew."""
+    desk = service[0].desk
+
+    def step():
+        if how == "failed":
+            raise ZeroDivisionError
+        desk.queue.cancel(desk.queue.find(None, None, 1)[0].id)
+
+    monkeypatch.setattr(desk, "step", step)
+    asked = len(desk.asks)
+    with pytest.raises(openai.APIStatusError) as error:
+        client.with_options(max_retries=2).images.generate(prompt="x", model="cats", extra_body=FAST)
+    assert (error.value.status_code, len(desk.asks) - asked) == (status, 1)
+
+
 def test_an_edit_draws_anew_where_the_mask_is_transparent(client, service):
     given = Image.new("RGB", (SIDE, SIDE), (10, 200, 30))
     mask = Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 255))

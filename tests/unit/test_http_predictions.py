@@ -3,6 +3,7 @@
 import io
 import re
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -13,6 +14,8 @@ from replicate.exceptions import ModelError, ReplicateError
 
 from raysd.config.serving import HttpSpec
 from raysd.errors import RequestError
+from raysd.serve.http.application import secret_in
+from raysd.serve.http.links import user_digest
 from raysd.serve.http.wire import Input, drawing
 from raysd.serve.queue import Queue
 from tests.serving import CATS, DIGESTS, SIDE, listening, parts
@@ -113,6 +116,37 @@ def test_what_is_past_its_time_is_canceled_also_in_the_clients_words(client, ser
     assert client.predictions.get(late["id"]).status == "canceled"
     held.set()
     first.wait()
+
+
+@pytest.mark.parametrize(("life", "seconds"), [(None, 3600), ("2h", 7200)])
+def test_whoever_says_nothing_waits_an_hour(service, life, seconds):
+    headers = {"X-Raysd-User": "anna", **({"Cancel-After": life} if life else {})}
+    asked = {"version": "cats", "input": {**FAST, "num_inference_steps": 1}}
+    httpx.post(f"{service[1]}/v1/predictions", json=asked, headers=headers)
+    ask = service[0].desk.asks[-1]
+    assert ask.deadline - time.time() == pytest.approx(seconds, abs=30)
+    assert ask.user == user_digest(secret_in(service[0].storage), None, "anna")
+
+
+@pytest.mark.parametrize("how", ["drawn", "held"])
+def test_a_prediction_is_deleted_for_good(client, service, held, how):
+    url = f"{service[1]}/v1/predictions"
+    if how == "drawn":
+        held.set()
+    prediction = client.predictions.create(version="cats", input={**FAST, "prompt": "Q9"})
+    if how == "drawn":
+        prediction.wait()
+    for _ in range(2):
+        assert httpx.delete(f"{url}/{prediction.id}").status_code == 204
+    held.set()
+    prediction.wait()
+    told = httpx.get(f"{url}/{prediction.id}").json()
+    assert (told["data_removed"], told["generations"], told["input"]["prompt"]) == (True, [], "")
+    assert told["status"] == ("succeeded" if how == "drawn" else "canceled")
+    assert "Q9" not in httpx.get(url).text
+    if how == "drawn":
+        assert httpx.get(prediction.output[0]).status_code == 404
+    assert httpx.delete(f"{url}/{'a' * 26}").status_code == 404
 
 
 @pytest.mark.parametrize("life", ["4s", "25h", "1d", "0", "s5", "-5"])

@@ -58,7 +58,7 @@ def service(tmp_path_factory):
             schemathesis.openapi.from_url(f"{url}/openapi.json"),
             {
                 "path": picture | model,
-                "DELETE": {"generation": f"{doomed['id']}-0"},
+                "DELETE": {"id": doomed["id"], "generation": f"{doomed['id']}-0"},
                 "query": dict(link.params),
                 "body": drawing | model | {"image": uri, "mask": uri, "partial_images": 0} | dict.fromkeys(absent),
                 "form": {"image": [png("RGB")], "image[]": None, "mask": png("RGBA"), "content": png("RGB")},

@@ -1,5 +1,6 @@
 """Jobs before there is a cluster: ids, what is sent, what stays here, and which commands are refused."""
 
+import json
 import os
 import shutil
 import signal
@@ -10,8 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import typer
 
 from raysd import cli
+from raysd.cli import jobs as cli_jobs
 from raysd.cli.submitted import command_of
 from raysd.errors import (
     AlreadyExists,
@@ -22,7 +25,7 @@ from raysd.errors import (
     StorageError,
     TrainingFailed,
 )
-from raysd.jobs import clusters, command, driver, environment, outcome, package
+from raysd.jobs import clusters, command, driver, environment, follow, outcome, package
 from raysd.jobs.clusters import Cluster, ClusterSpec
 from raysd.jobs.secrets import holds_secret, is_secret_file, is_secret_variable
 from raysd.lease import Lease
@@ -116,13 +119,26 @@ def test_a_search_and_what_is_resumed_are_known_by_name(monkeypatch):
     assert parse("models", "list").lease is None
 
 
-def test_an_edited_file_that_the_command_names_makes_another_job_and_edited_code_does_not(folder):
+def test_what_is_sent_is_part_of_the_job(folder):
     words = ("train", "lora-demo", "--data.source", "./cats")
-    before = id_of(*words, sent=package.select(folder))
-    write(folder, "raysd/code.py", "x = 2\n")
-    assert id_of(*words, sent=package.select(folder)) == before
-    write(folder, "cats/1.txt", "another cat")
-    assert id_of(*words, sent=package.select(folder)) != before
+    sent = id_of(*words, sent=package.select(folder))
+    assert sent == id_of(*words, sent=package.select(folder))
+    ids = {sent, id_of(*words)}
+    for name, text in (("raysd/code.py", "x = 2\n"), ("cats/1.txt", "another cat"), ("more.py", "")):
+        write(folder, name, text)
+        ids.add(id_of(*words, sent=package.select(folder)))
+    assert len(ids) == 5
+
+
+def test_who_detaches_is_told_how_to_come_back_to_the_same_cluster(monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow, "to_end", interrupted)
+    for given, option in (("production", " --cluster production"), (None, "")):
+        with pytest.raises(typer.Exit):
+            cli_jobs._to_end(None, "cats-1", given, False, {})
+        assert capsys.readouterr().err.rstrip().endswith(f"raysd jobs logs cats-1 --follow{option}")
 
 
 # What is refused before anything is sent
@@ -226,10 +242,16 @@ def test_paths_of_the_cluster_urls_and_bundled_names_pass(folder):
 
 
 def test_junk_and_secrets_stay_here_and_are_said(folder):
-    secrets = [".env", "deploy/server.pem", "id_rsa", "credentials", ".aws/config", "k8s/secret.yaml", "notes/key.txt"]
-    for name in secrets[:-1]:
+    named = [".env", ".envrc", "deploy/server.pem", "id_rsa", "credentials", ".aws/config", "k8s/secret.yaml"]
+    named += ["prod.tfstate.backup", ".vault-token"]
+    for name in named:
         write(folder, name, "hunter2")
+    secrets = [*named, "notes/key.txt", "gcp.json", "hub.py", "app.yaml"]
     write(folder, "notes/key.txt", PRIVATE)
+    write(folder, "gcp.json", json.dumps({"type": "service_account", "private_key": PRIVATE}, indent=2))
+    write(folder, "hub.py", f'TOKEN = "hf_{"a" * 34}"')
+    write(folder, "app.yaml", "database: postgresql://me:hunter2@host/db")
+    write(folder, "raysd/database.py", "# postgresql://USER:PASSWORD@host/db")
     write(folder, ".env.example", "TOKEN=")
     write(folder, "raysd/secrets.py", "code")
     for name in (
@@ -249,6 +271,7 @@ def test_junk_and_secrets_stay_here_and_are_said(folder):
     expected = {
         ".gitignore",
         "raysd/code.py",
+        "raysd/database.py",
         "cats/1.png",
         "cats/1.txt",
         ".env.example",
@@ -295,6 +318,7 @@ def test_this_checkout_can_be_sent():
     assert found.has("raysd/jobs/driver.py")
     assert found.has("./tune/lora.toml")
     assert not found.has(".venv")
+    assert not [name for name in found.secrets if name.startswith(("raysd/", "tests/"))]
 
 
 @pytest.mark.parametrize(

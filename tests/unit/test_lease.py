@@ -85,10 +85,10 @@ def test_release_lets_the_next_one_in_and_the_token_grows(store: Faulty) -> None
     for token in (1, 2, 3):
         with Lease.acquire(store, PATH) as lease:
             assert lease.token == token
-            check_fence(store, PATH, token)
+            check_fence(store, PATH, token, lease.nonce)
         assert holder(store, PATH) is None
         with pytest.raises(LeaseLost, match="was released"):
-            check_fence(store, PATH, token)
+            check_fence(store, PATH, token, lease.nonce)
         with pytest.raises(LeaseLost, match="was released"):
             lease.renew()
 
@@ -226,14 +226,15 @@ def test_a_holder_that_is_cut_off_stops_before_another_may_start(store: Faulty, 
         "the lease could not be renewed",
         "successor",
     ]
+    assert "(cut off), another may take it" in events[0]
     store.failing.clear()
     with pytest.raises(LeaseLost):
         lease.renew()
     with pytest.raises(LeaseLost, match="went to"):
-        check_fence(other, PATH, lease.token)
-    check_fence(other, PATH, successor.token)
+        check_fence(other, PATH, lease.token, lease.nonce)
+    check_fence(other, PATH, successor.token, successor.nonce)
     lease.release()
-    check_fence(other, PATH, successor.token)
+    check_fence(other, PATH, successor.token, successor.nonce)
 
 
 def test_a_holder_whose_store_hangs_is_told(store: Faulty) -> None:
@@ -277,7 +278,7 @@ def test_the_old_holder_learns_who_took_it(store: Faulty) -> None:
     time.sleep(0.3)
     assert reasons == [f"{PATH}: the lease was taken by otherhost, process 77"]
     with pytest.raises(LeaseLost, match="went to otherhost, process 77"):
-        check_fence(store, PATH, 1)
+        check_fence(store, PATH, 1, lease.nonce)
     lease.release()
     assert json.loads(store.read(PATH))["released"] is False
 
@@ -290,7 +291,7 @@ def test_a_renewal_whose_answer_was_lost_is_no_loss(store: Faulty) -> None:
     store.deaf.clear()
     lease.renew()
     lease.renew()
-    check_fence(store, PATH, lease.token)
+    check_fence(store, PATH, lease.token, lease.nonce)
     lease.release()
 
 
@@ -298,9 +299,19 @@ def test_a_deleted_lease_is_lost(store: Faulty) -> None:
     lease = Lease.acquire(store, PATH)
     store.delete_tree("runs/x")
     with pytest.raises(LeaseLost, match="is gone"):
-        check_fence(store, PATH, lease.token)
+        check_fence(store, PATH, lease.token, lease.nonce)
     with pytest.raises(LeaseLost, match="was deleted"):
         lease.renew()
+
+
+def test_a_token_of_a_lease_that_was_deleted_is_no_ticket_for_the_next_one(store: Faulty) -> None:
+    frozen = Lease.acquire(store, PATH)
+    store.delete_tree("runs/x")
+    with Lease.acquire(store, PATH) as lease:
+        assert lease.token == frozen.token
+        check_fence(store, PATH, lease.token, lease.nonce)
+        with pytest.raises(LeaseLost, match="went to"):
+            check_fence(store, PATH, frozen.token, frozen.nonce)
 
 
 def test_a_process_that_lost_its_lease_may_take_it_again(store: Faulty) -> None:

@@ -4,15 +4,18 @@ import copy
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from ray.serve.schema import ServeDeploySchema
 
 from raysd.config import load
 from raysd.config.serving import ServingSpec
@@ -32,11 +35,13 @@ from tests.manifests import (
     kustomized,
     parse,
     read,
+    serve_faults,
     walk,
 )
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY = re.search(r"(?m)^ray==(.+)$", (ROOT / "constraints.txt").read_text())[1]  # type: ignore[index]
+DRIVER = "python -m raysd.jobs.driver --retries 3"
 NAMES = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
 CLOSED_PORTS = (8265, 10001, 6379, 52365)
 # Maps with keys of their own, and texts: no schema knows their names.
@@ -124,7 +129,7 @@ def misspelt(documents: list[Any]) -> Iterator[tuple[str, Any]]:
     """A document for each name of a field in them, with its first occurrence misspelt."""
     seen: set[str] = {"kind", "apiVersion"}
     for place in _fields(documents):
-        if place[-1] in seen or "/" in place[-1]:
+        if place[-1] in seen or re.search("[/:]", place[-1]):
             continue
         seen.add(place[-1])
         wrong = copy.deepcopy(documents[place[0]])
@@ -218,9 +223,18 @@ def _refused_job(document: Document) -> list[str]:
         problems.append("Kueue wants shutdownAfterJobFinishes and a cluster that does not grow")
     if spec.get("backoffLimit") and "--name " not in spec["entrypoint"]:
         problems.append("a retry begins again: the run has no name")
+    if spec["entrypoint"].split(" -- ")[0] != f"{DRIVER} --lease {_lease(spec['entrypoint'])}":
+        problems.append("nothing starts the command again, or its lease is another's")
     if not spec.get("entrypointNumCpus"):
         problems.append("the driver runs on the head")
     return problems
+
+
+def _lease(entrypoint: str) -> str:
+    """Where the run or the search that an entry point names has its lease."""
+    words = shlex.split(entrypoint)
+    name = dict(pairwise(words)).get("--name")
+    return f"{'searches' if 'tune' in words else 'runs'}/{name}/lease.json"
 
 
 def _refused_service(document: Document) -> list[str]:
@@ -305,6 +319,12 @@ BREAKS: list[tuple[str, Callable[[Document], Any], str]] = [
     ("base/jobs/search.yaml", lambda d: job(d).update(shutdownAfterJobFinishes=True), "deletionRules and shutdown"),
     ("base/jobs/search.yaml", lambda d: job(d).pop("deletionStrategy"), "never goes"),
     ("base/jobs/train.yaml", lambda d: job(d).update(entrypoint="raysd train lora-demo"), "the run has no name"),
+    ("base/jobs/train.yaml", lambda d: job(d).update(entrypoint="raysd train x --name x"), "starts the command again"),
+    (
+        "base/jobs/search.yaml",
+        lambda d: job(d).update(entrypoint=job(d)["entrypoint"].replace("cats", "dogs", 1)),
+        "lease is",
+    ),
     ("base/jobs/train.yaml", lambda d: job(d).pop("entrypointNumCpus"), "runs on the head"),
     ("base/jobs/train.yaml", lambda d: cluster(d)["workerGroupSpecs"][1].update(maxReplicas=9), "replicas [4, 4, 9]"),
     ("base/service.yaml", lambda d: job(d)["upgradeStrategy"].update(type="None"), "stops the service"),
@@ -341,6 +361,18 @@ def test_a_queue_is_named_where_a_job_asks_for_one() -> None:
     assert {flavor["name"] for flavor in queue["resourceGroups"][0]["flavors"]} == flavors
 
 
+def test_a_queue_admits_heads_and_drivers_on_demand_alone() -> None:
+    made = build(K8S / "overlays/kueue")
+    flavors = [d["spec"] for d in made if d["kind"] == "ResourceFlavor"]
+    (kept,) = [flavor["nodeLabels"] for flavor in flavors if "tolerations" not in flavor]
+    queued = [d for d in made if "kueue.x-k8s.io/queue-name" in d["metadata"].get("labels", {})]
+    for document in queued:
+        for where, pod, _ in pods(document):
+            gpus = "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]
+            assert gpus or pod.get("nodeSelector") == kept, where
+    assert queued
+
+
 # What each pod is.
 
 
@@ -364,6 +396,17 @@ def test_the_autoscaler_is_held_to_the_same() -> None:
             if spec.get("enableInTreeAutoscaling"):
                 security = spec["autoscalerOptions"]["securityContext"]
                 assert security == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}, (
+                    folder,
+                    where,
+                )
+
+
+def test_the_autoscaler_writes_its_log_where_the_head_reads_it() -> None:
+    for folder, document in everywhere():
+        for where, spec in clusters(document):
+            if spec.get("enableInTreeAutoscaling"):
+                (mount,) = spec["autoscalerOptions"]["volumeMounts"]
+                assert mount in spec["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"], (
                     folder,
                     where,
                 )
@@ -399,11 +442,13 @@ def test_gpus_are_drawn_with_the_gpu_image_and_tolerate_their_taint() -> None:
 def test_what_a_cluster_may_have_is_what_its_groups_have_at_most() -> None:
     for folder, document in everywhere():
         for where, spec in clusters(document):
-            most = {"CPU": 0, "GPU": 0}
+            most = Counter({"CPU": 0, "GPU": 0})
             for group in spec["workerGroupSpecs"]:
                 limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-                most["CPU"] += group["maxReplicas"] * int(limits["cpu"])
-                most["GPU"] += group["maxReplicas"] * int(limits.get("nvidia.com/gpu", 0))
+                each = {"CPU": limits["cpu"], "GPU": limits.get("nvidia.com/gpu", 0), **group.get("resources", {})}
+                most.update({name: group["maxReplicas"] * int(count) for name, count in each.items()})
+                kind = group.get("labels", {}).get("ray.io/accelerator-type")
+                assert kind is None or f"accelerator_type:{kind}" in each, (folder, where, group["groupName"])
             text = ",".join(f"{name}={count}" for name, count in most.items() if count)
             for name, group in groups(spec):
                 values = {value["name"]: value for value in group["template"]["spec"]["containers"][0]["env"]}
@@ -438,16 +483,51 @@ def test_heads_keep_what_they_know_and_accounts_exist() -> None:
             assert labels.get("app.kubernetes.io/part-of") == "raysd", (folder, where)
 
 
-def test_each_head_and_the_service_have_a_disruption_budget() -> None:
-    budgets = [d["spec"]["selector"]["matchLabels"] for d in read(K8S / "base/disruption.yaml")]
-    assert all(isinstance(d["spec"]["minAvailable"], int) for d in read(K8S / "base/disruption.yaml"))
+def ray_labels(name: str, group: Document) -> dict[str, str]:
+    """The labels of a group's pods, those that the operator gives them included."""
+    kind, label = ("head", "headgroup") if name == "head" else ("worker", name)
+    return {**group["template"]["metadata"]["labels"], "ray.io/node-type": kind, "ray.io/group": label}
+
+
+def test_each_head_and_each_group_of_the_service_have_a_disruption_budget_of_their_own() -> None:
+    budgets = read(K8S / "base/disruption.yaml")
+    assert all(isinstance(budget["spec"]["minAvailable"], int) for budget in budgets)
+    used: set[str] = set()
     for folder, document in everywhere():
         for where, spec in clusters(document):
-            for kind, group in (("head", spec["headGroupSpec"]), ("worker", spec["workerGroupSpecs"][0])):
-                component = group["template"]["metadata"]["labels"]["app.kubernetes.io/component"]
-                wanted = {"app.kubernetes.io/component": component, "ray.io/node-type": kind}
-                if kind == "head" or component == "serving":
-                    assert wanted in budgets, (folder, where)
+            found: list[str] = []
+            for name, group in groups(spec):
+                labels = ray_labels(name, group)
+                mine = [b["metadata"]["name"] for b in budgets if selects(b["spec"]["selector"], labels)]
+                wanted = name == "head" or labels["app.kubernetes.io/component"] == "serving"
+                assert len(mine) == wanted, (folder, where, name)
+                found += mine
+            assert len(found) == len(set(found)), (folder, where)
+            used |= set(found)
+    assert used == {budget["metadata"]["name"] for budget in budgets}
+
+
+@pytest.mark.parametrize(
+    ("url", "seen"),
+    [
+        (
+            "postgresql+psycopg://me:a%40b%25c%5Cd\\e@db/raysd?sslmode=require",
+            ("a@b%c\\d\\e", "postgresql://me@db/raysd?sslmode=require"),
+        ),
+        ("postgresql://me@db:5432/raysd", ("", "postgresql://me@db:5432/raysd")),
+    ],
+)
+def test_the_password_of_the_database_is_no_argument(tmp_path: Path, url: str, seen: tuple[str, str]) -> None:
+    (backup,) = read(K8S / "base/backup.yaml")
+    (dump,) = backup["spec"]["jobTemplate"]["spec"]["template"]["spec"]["initContainers"]
+    program = tmp_path / "pg_dump"
+    program.write_text('#!/bin/bash\nprintf "%s\\n" "$PGPASSWORD" "${@: -1}"\n')
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "RAYSD_DATABASE": url}
+    done = subprocess.run(
+        [*dump["command"], *dump["args"]], env=environment, capture_output=True, text=True, check=True
+    )
+    assert tuple(done.stdout.splitlines()) == seen
 
 
 # Who comes in, and what is secret.
@@ -536,8 +616,34 @@ def test_nothing_is_published_by_itself() -> None:
 
 
 def test_alerts_are_those_of_serve() -> None:
-    (rule,) = [d for d in read(K8S / "base/monitoring/monitoring.yaml") if d["kind"] == "PrometheusRule"]
-    assert rule["spec"]["groups"] == yaml.safe_load((ROOT / "serve/prometheus/rules.yaml").read_text())["groups"]
+    serving, _ = [d for d in read(K8S / "base/monitoring/monitoring.yaml") if d["kind"] == "PrometheusRule"]
+    assert serving["spec"]["groups"] == yaml.safe_load((ROOT / "serve/prometheus/rules.yaml").read_text())["groups"]
+
+
+def test_a_failed_job_and_a_missing_backup_ring(tmp_path: Path) -> None:
+    _, jobs = [d for d in read(K8S / "base/monitoring/monitoring.yaml") if d["kind"] == "PrometheusRule"]
+    named = set(re.findall(r"raysd-\w+", yaml.safe_dump([rule for rule in jobs["spec"]["groups"][0]["rules"]])))
+    assert named <= {d["metadata"]["name"] for _, d in of_kind("CronJob")}
+    if not shutil.which("promtool"):
+        pytest.skip("no promtool here")
+    series = [
+        ('kube_job_failed{namespace="raysd", condition="true", job_name="raysd-verify-1"}', "1x4000"),
+        ('kube_job_failed{namespace="raysd", condition="true", job_name="raysd-verify-2"}', "0x4000"),
+        ('kube_job_failed{namespace="other", condition="true", job_name="raysd-verify-3"}', "1x4000"),
+        ('kube_cronjob_status_last_successful_time{namespace="raysd", cronjob="raysd-backup"}', "0x4000"),
+    ]
+    asked = [("3h", "RaysdBackupOld", 0), ("50h", "RaysdBackupOld", 1), ("3h", "RaysdJobFailed", 1)]
+    rows = [
+        {"eval_time": at, "expr": f'count(ALERTS{{alertname="{name}", alertstate="firing"}}) or vector(0)'}
+        | {"exp_samples": [{"labels": "{}", "value": count}]}
+        for at, name, count in asked
+    ]
+    tests = [{"interval": "1m", "promql_expr_test": rows}]
+    tests[0]["input_series"] = [{"series": one, "values": values} for one, values in series]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(jobs["spec"]))
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": tests}))
+    done = subprocess.run(["promtool", "test", "rules", str(tmp_path / "test.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_monitored_ports_are_those_of_the_pods() -> None:
@@ -557,22 +663,38 @@ def test_the_service_serves_what_the_serve_config_says() -> None:
     assert yaml.safe_load(service["spec"]["serveConfigV2"])["applications"] == config["applications"]
     for folder, document in of_kind("RayService"):
         text = yaml.safe_load(document["spec"]["serveConfigV2"])
-        ServeDeploySchema.model_validate(text)
+        assert serve_faults(text) == [], folder
         spec = load(ServingSpec, text["applications"][0]["args"], folder)
         assert spec.public
         gpus = sum(model.gpus * model.replicas.most for model in spec.models)
         ((_, made),) = clusters(document)
         most = made["headGroupSpec"]["template"]["spec"]["containers"][0]["env"][1]["value"]
         assert gpus <= int(dict(part.split("=") for part in most.split(",")).get("GPU", 0)), folder
+    (ingress,) = config["applications"][0]["deployments"]
+    (cpus, *_) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert 2 <= ingress["num_replicas"] <= cpus["minReplicas"]
+    assert ingress["max_replicas_per_node"] == 1
+    assert ingress["ray_actor_options"]["num_cpus"] > 0, "it would run on the head"
     with pytest.raises(RaysdError, match="modelx"):
         load(ServingSpec, {"modelx": [], **config["applications"][0]["args"]}, "service.yaml")
+
+
+def test_what_is_verified_by_the_clock_is_served() -> None:
+    for folder in FOLDERS:
+        made = build(folder)
+        configs = [yaml.safe_load(d["spec"]["serveConfigV2"]) for d in made if d["kind"] == "RayService"]
+        served = {model["ref"] for config in configs for model in config["applications"][0]["args"]["models"]}
+        for document in made:
+            if document["kind"] == "CronJob" and not document["spec"].get("suspend"):
+                for words in commands(document):
+                    assert words[:2] != ["models", "verify"] or words[2] in served, folder
 
 
 def commands(document: Document) -> Iterator[list[str]]:
     """Each command of raysd that a resource runs, without its first word."""
     for node in walk(document):
         if "entrypoint" in node:
-            yield shlex.split(node["entrypoint"])[1:]
+            yield shlex.split(node["entrypoint"].split(" -- ")[1])
         words = [*node.get("command", ()), *node.get("args", ())] if "image" in node else []
         if words[:1] == ["raysd"]:
             yield words[1:]

@@ -1,10 +1,14 @@
 """The family `sd` against diffusers' own components, used by hand."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from raysd import draw as module
 from raysd.assets import asset
 from raysd.config import TrainingSpec, load, override
 from raysd.data.cache import TensorCache
@@ -52,7 +56,6 @@ def _by_hand(folder, pixels, caption, noise, timesteps, posterior):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_loss_equals_that_of_diffusers_components(located, prediction, method, tmp_path):
     import json
-    import shutil
 
     folder = tmp_path / "base"
     shutil.copytree(located.folder, folder)
@@ -151,9 +154,34 @@ def test_the_text_encoder_is_trained_on_request(located):
     assert all(parameter.grad is not None for parameter in module.text_encoder.parameters())
 
 
-def test_drawing_equals_the_diffusers_pipeline(located):
-    request = Request("a red circle", negative="a star", seed=5, steps=4, guidance=3.0, count=2)
-    drawn = draw(located, [request])
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_a_trained_text_encoder_is_written_under_the_names_of_its_base(located, tmp_path, prefix):
+    """Folders of Stable Diffusion 1.x have names with `text_model.`, and positions that are no weights."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(located.folder, base)
+    [path] = (base / "text_encoder").glob("*.safetensors")
+    tensors = {prefix + name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()}
+    save_file({**tensors, f"{prefix}embeddings.position_ids": torch.arange(24)[None]}, path, {"format": "pt"})
+    spec = override(SPEC, {"method.kind": "full", "method.text_encoder": True, "publish.precision": "fp32"})
+    module = METHODS["full"].build(located.family, base, spec)
+    trained = {name: parameter.detach() + 0.5 for name, parameter in module.named_parameters()}
+    METHODS["full"].write(located.family, base, trained, spec, out)
+
+    written = load_file(out / "text_encoder" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    pipeline = StableDiffusionPipeline.from_pretrained(out, safety_checker=None)
+    loaded = {f"text_encoder.{name}": p for name, p in pipeline.text_encoder.named_parameters()}
+    assert loaded
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in loaded.items())
+
+
+def test_drawing_equals_the_diffusers_pipeline_picture_by_picture(located, monkeypatch):
+    request = Request("a red circle", negative="a star", seed=5, steps=4, guidance=3.0, count=3)
+    monkeypatch.setattr(module, "BATCH", 2)
+    seen = []
+    drawn = draw(located, [request], lambda done, total: seen.append((done, total)))
+    assert seen == [(done, 8) for done in range(1, 9)], "two batches of four steps"
+    assert len(drawn) == 3
     pipeline = StableDiffusionPipeline.from_pretrained(located.folder, safety_checker=None)
     for number, image in enumerate(drawn):
         seeded = torch.Generator().manual_seed(5 + number)
@@ -184,8 +212,6 @@ def test_a_model_of_another_kind_is_refused_by_name(tmp_path):
 
 
 def test_identity_is_that_of_content_not_of_place(located, tmp_path):
-    import shutil
-
     copy = tmp_path / "elsewhere"
     shutil.copytree(located.folder, copy)
     assert identity(copy) == identity(located.folder)

@@ -1,6 +1,7 @@
 """A spot machine's notice, as the metadata services of EC2 and Compute Engine give it, reaches Ray once."""
 
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -69,6 +70,23 @@ def test_the_node_is_drained_once_though_the_service_was_away(service: tuple[str
     drained: list[int] = []
     notice.watch(lambda: notice.gcp(next(looks)), drained.append, period=0.01)
     assert drained == [30]
+
+
+def test_a_drain_that_fails_is_tried_again_while_there_is_time(capsys: pytest.CaptureFixture[str]) -> None:
+    tried: list[int] = []
+
+    def drain(left: int) -> None:
+        tried.append(left)
+        if len(tried) < 3:
+            raise subprocess.CalledProcessError(1, "ray drain-node")
+
+    notice.watch(lambda: 30, drain, period=0.01)
+    assert len(tried) == 3
+    assert max(tried) == tried[0] == 30
+    assert capsys.readouterr().err.count("not drained") == 2
+    tried.clear()
+    notice.watch(lambda: 0, drain, period=0.01)
+    assert tried == [0]
 
 
 def test_a_cloud_that_is_not_known_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -256,6 +256,35 @@ def test_a_run_that_cannot_fit_is_refused_before_it_starts(small, tmp_path, monk
     assert len(str(refused.value).splitlines()) == 3
 
 
+def test_a_cluster_that_grows_from_nothing_is_looked_at_too(monkeypatch):
+    gpus(monkeypatch, CPU=8)
+    asked = override(PLAIN, {"scale.accelerator": "L4"})
+    assert [name for name, _ in fit.candidates(asked)] == ["L4"]
+    assert fit.candidates(PLAIN) == []
+    monkeypatch.setenv("RAYSD_CLUSTER_RESOURCES", "GPU=8,accelerator_type:H100=1")
+    assert [name for name, _ in fit.candidates(PLAIN)] == ["H100"]
+    assert [name for name, _ in fit.candidates(asked)] == ["L4"]
+
+
+def test_an_a100_of_unknown_size_is_refused_by_the_larger_and_said_for_the_smaller(small, tmp_path, monkeypatch):
+    table = tmp_path / "devices.toml"
+    gpus(monkeypatch, **{"GPU": 8, "accelerator_type:A100": 1})
+    needed = Planner(small, None).estimate(PLAIN, "A100-80GB", device("A100-80GB")).needed / 2**30
+    monkeypatch.setenv("RAYSD_DEVICES", str(table))
+
+    def said(smaller: float, larger: float) -> str | None:
+        rows = (("A100-40GB", smaller), ("A100-80GB", larger))
+        table.write_text("".join(f"[{name}]\nreserved = 0\nmemory = {share * needed}\n" for name, share in rows))
+        return fit.check_fit(PLAIN, small)
+
+    assert said(1.01, 2.0) is None
+    assert "it fits A100-80GB, but not A100-40GB" in (said(0.5, 1.01) or "")
+    with pytest.raises(RequestError, match="and A100-80GB has"):
+        said(0.2, 0.5)
+    gpus(monkeypatch, **{"GPU": 8, "accelerator_type:A100-80G": 1})
+    assert said(0.5, 1.01) is None
+
+
 @pytest.mark.parametrize("resources", [{"CPU": 8}, {"GPU": 1}, {"GPU": 1, "accelerator_type:TPU-V4": 1}])
 def test_nothing_is_planned_where_no_gpu_is_known(resources, monkeypatch):
     gpus(monkeypatch, **resources)

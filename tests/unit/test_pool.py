@@ -143,6 +143,55 @@ def test_a_load_waits_until_something_becomes_unused(registry: Registry, tiny_ba
         holding.result(0)
 
 
+def test_a_base_that_waits_for_room_keeps_no_lora_version_waiting(
+    registry: Registry, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "other")
+    config = tmp_path / "other/unet/config.json"
+    config.write_text(config.read_text() + " ")
+    lora = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
+    pool, waits, aside = Pool(registry.storage, Opener(), bases=1), threading.Event(), Pool._stand_aside
+
+    def told(pool: Pool, met: Callable[[], bool], end: float) -> None:
+        waits.set()
+        aside(pool, met, end)
+
+    monkeypatch.setattr(Pool, "_stand_aside", told)
+
+    def other() -> str:
+        with pool.use(str(tmp_path / "other"), identity(tmp_path / "other")):
+            return ",".join(pool.loaded())
+
+    with ThreadPoolExecutor(1) as hands:
+        with pool.use(str(tiny_base), identity(tiny_base)):
+            waiting = hands.submit(other)
+            assert waits.wait(60)
+            with pool.use(lora.ref, lora.digest) as ready:
+                assert ready.adapter == lora.digest
+            assert not waiting.done()
+        assert waiting.result(60) == str(tmp_path / "other")
+
+
+def test_several_that_wait_for_the_same_base_load_it_once(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_base, tmp_path / "other")
+    config = tmp_path / "other/unet/config.json"
+    config.write_text(config.read_text() + " ")
+    opener, digest = Opener(), identity(tmp_path / "other")
+    pool = Pool(registry.storage, opener, bases=1)
+
+    def other() -> None:
+        with pool.use(str(tmp_path / "other"), digest):
+            pass
+
+    with ThreadPoolExecutor(3) as hands:
+        with pool.use(str(tiny_base), identity(tiny_base)):
+            waiting = [hands.submit(other) for _ in range(3)]
+            time.sleep(0.5)
+        for each in waiting:
+            each.result(60)
+    assert opener.opened == [tiny_base, tmp_path / "other"]
+
+
 def test_a_version_in_use_is_pinned_against_collection(registry: Registry, tiny_base: Path, tmp_path: Path) -> None:
     version = publish_lora(registry, tiny_base, tmp_path / "1", seed=1)
     pool = Pool(registry.storage, Opener())

@@ -14,6 +14,7 @@ from raysd.feedback.tables import GenerationRow
 from raysd.serve.claims import LEASE, MOST_ATTEMPTS
 from raysd.serve.drawing import Drawing
 from raysd.serve.keys import Keys, Limits
+from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import Cursor, Picture
 from raysd.serve.queue import Queue
 from raysd.serve.tables import PredictionRow
@@ -93,7 +94,7 @@ def test_pages_are_newest_first_and_of_one_owner(queue, clock):
     assert sorted(p.id for p in found) == sorted(ids[:2] + ids[3:])
     assert [p.created for p in found] == sorted((p.created for p in found), reverse=True)
     assert len(queue.find(None, None, 10)) == 5
-    assert queue.waiting("cats") == 6
+    assert queue.waiting("cats") == 5, "shadows hold up nobody"
     assert (queue.in_flight("anna"), queue.in_flight("bert")) == (4, 1)
 
 
@@ -146,6 +147,14 @@ def test_the_oldest_of_a_model_is_claimed_first_and_by_one(queue, clock):
     assert [claim.id for claim in queue.claim("b", "cats", most=9)] == ids[2:3]
     assert queue.claim("b", "cats", most=9) == []
     assert [claim.id for claim in queue.claim("b", "dogs", most=9)] == [other]
+
+
+def test_shadows_are_claimed_last(queue, clock):
+    (shadow,) = submitted(queue, "p", shadow_of="x")
+    clock.now += 1
+    seen = submitted(queue, "q", "r")
+    assert [claim.id for claim in queue.claim("a", "cats", most=2)] == sorted(seen)
+    assert [claim.id for claim in queue.claim("a", "cats", most=2)] == [shadow]
 
 
 def test_many_claim_each_exactly_once(database):
@@ -314,6 +323,104 @@ def test_a_deadline_ends_what_waits_and_what_is_worked_on(queue, clock):
     assert queue.get(has_time).status == "starting"
 
 
+SHADOWS = {
+    "waiting": lambda queue, id: None,
+    "drawn": lambda queue, id: queue.finish(*queue.claim("a", "cats", id=id), [PICTURE], {}),
+    "failed": lambda queue, id: queue.fail(*queue.claim("a", "cats", id=id), "no"),
+}
+
+
+@pytest.mark.parametrize("how", [*SHADOWS, "drawn after it"])
+@pytest.mark.parametrize("call", ["cancel", "delete"])
+def test_nothing_is_left_of_the_shadow_of_what_was_cancelled(queue, database, call, how):
+    (id,) = submitted(queue, "a cat")
+    (shadow,) = submitted(queue, "Q9", negative="Q9", user="Q9", shadow_of=id)
+    claims = queue.claim("b", "cats", id=shadow) if how == "drawn after it" else []
+    SHADOWS.get(how, SHADOWS["waiting"])(queue, shadow)
+    getattr(queue, call)(id)
+    for claim in claims:
+        assert queue.renew([claim]) == set()
+        assert queue.finish(claim, [PICTURE], {})
+    assert "Q9" not in everything(database)
+    assert queue.claim("a", "cats") == []
+    assert all(row.kept_until is not None and row.deleted for row in all_rows(database, GenerationRow))
+    with pytest.raises(NotFound, match="was cancelled or deleted"):
+        queue.submit(new(shadow_of=id))
+
+
+def test_what_has_ended_keeps_its_shadow(queue):
+    (id,) = submitted(queue, "p")
+    (claim,) = queue.claim("a", "cats")
+    queue.finish(claim, [PICTURE], {})
+    (shadow,) = submitted(queue, "p", shadow_of=id)
+    queue.cancel(id)
+    assert [claim.id for claim in queue.claim("a", "cats")] == [shadow]
+
+
+@pytest.mark.parametrize("how", ["waiting", "drawn", "failed", "canceled"])
+def test_what_is_deleted_is_gone_but_for_a_tombstone(queue, database, clock, how):
+    drawing = Drawing(prompt="Q9-prompt", negative="Q9-negative", image="c9" * 32)
+    prediction, _ = queue.submit(new(drawing=drawing, user="Q9-user"))
+    if how == "canceled":
+        queue.cancel(prediction.id)
+    else:
+        SHADOWS[how](queue, prediction.id)
+    assert "Q9" in everything(database)
+    assert queue.delete(prediction.id) == {"c9" * 32}
+    assert queue.delete(prediction.id) == set()
+    assert "Q9" not in everything(database)
+    assert "c9" * 32 not in everything(database)
+    found = queue.get(prediction.id)
+    ended = {"waiting": "canceled", "drawn": "succeeded"}.get(how, how)
+    assert (found.status, found.deleted, found.pictures, found.user) == (ended, clock.now, [], None)
+    with pytest.raises(NotFound):
+        queue.delete("x")
+
+
+def test_what_is_deleted_while_it_is_drawn_is_gone_when_it_is_done(queue, database):
+    (id,) = submitted(queue, "Q9", user="Q9")
+    (claim,) = queue.claim("a", "cats")
+    queue.delete(id)
+    assert "Q9" not in everything(database)
+    assert queue.renew([claim]) == set()
+    assert queue.finish(claim, [PICTURE], {})
+    (row,) = all_rows(database, GenerationRow)
+    assert (row.prompt, row.deleted) == (None, row.created)
+    assert queue.get(id).pictures == []
+
+
+def test_an_upload_stays_while_another_is_drawn_from_it(queue):
+    ids = submitted(queue, "p", "q", drawing=Drawing(prompt="p", image="a" * 64, mask="b" * 64))
+    assert queue.delete(ids[0]) == set()
+    assert queue.delete(ids[1]) == {"a" * 64, "b" * 64}
+
+
+def test_ends_that_no_holder_tells_are_counted_once(database, clock):
+    told = []
+    metrics = Metrics(lambda metric, value, labels: told.append((metric.name, value, labels["outcome"])))
+    queue = Queue(database, metrics=metrics, clock=clock)
+    waits, drawn_late = submitted(queue, "p", "q", deadline=clock.now + 5)
+    asked, released, hopeless = submitted(queue, "r", "s", "t")
+    (late,) = queue.claim("a", "cats", id=drawn_late)
+    (held,) = queue.claim("a", "cats", id=released)
+    for _ in range(2):
+        queue.cancel(asked)
+    queue.cancel(released)
+    queue.release(held)
+    clock.now += 5
+    for _ in range(2):
+        queue.expire()
+    assert not queue.canceled(late), "else its holder would count it again"
+    for _ in range(MOST_ATTEMPTS):
+        assert queue.claim("a", "cats", id=hopeless)
+        clock.now += LEASE + 1
+    queue.expire()
+    counted = [outcome for name, value, outcome in told if name == "raysd_requests_total"]
+    assert (sorted(counted[:4]), counted[4:]) == (["aborted", "canceled", "canceled", "canceled"], ["failed"])
+    assert (queue.get(waits).status, queue.get(drawn_late).status) == ("aborted", "canceled")
+    assert [value for name, value, _ in told if name == "raysd_request_duration_seconds"][2:4] == [5, 5]
+
+
 ENDS = {
     "finished": lambda queue, claim: queue.finish(claim, [PICTURE], {}),
     "without pictures": lambda queue, claim: queue.finish(claim, [], {}),
@@ -475,6 +582,39 @@ def test_requests_a_minute_slide(queue, clock, limited):
     submitted(queue, "p", owner=key)
     with pytest.raises(TooMany):
         queue.submit(new(owner=key))
+
+
+def test_what_draws_nothing_counts_as_a_request(queue, clock, limited):
+    key, free = limited(requests_per_minute=3), limited(pictures_per_day=1)
+    submitted(queue, "p", owner=key)
+    clock.now += 20
+    for _ in range(2):
+        queue.admit(key)
+    for call in (lambda: queue.admit(key), lambda: queue.submit(new(owner=key)), lambda: queue.hold(key)):
+        with pytest.raises(TooMany, match="requests: this key may make 3 a minute") as caught:
+            call()
+        assert caught.value.retry_after == pytest.approx(40)
+    clock.now += 40
+    queue.hold(key)
+    queue.admit(key)
+    with pytest.raises(TooMany) as caught:
+        queue.admit(key)
+    assert caught.value.retry_after == pytest.approx(20)
+    for _ in range(9):
+        queue.admit(free)
+        queue.admit("no key")
+        queue.hold(free)
+    submitted(queue, "p", owner=free)
+    with pytest.raises(TooMany, match="pictures"):
+        queue.hold(free)
+
+
+def test_a_lost_answer_counts_once(queue, database, limited):
+    key = limited(requests_per_minute=2)
+    lost(queue, database, lambda: queue.admit(key) or True)
+    queue.admit(key)
+    with pytest.raises(TooMany):
+        queue.admit(key)
 
 
 def test_pictures_a_day_are_counted(queue, clock, limited):

@@ -11,26 +11,30 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import select
 
 from raysd.config.serving import ModelSpec
 from raysd.database import Database
 from raysd.errors import NotFound, RequestError, StorageError
 from raysd.feedback.generations import Generations
-from raysd.registry import Registry, Version, traffic
+from raysd.references import identity, identity_of
+from raysd.registry import Registry, Version, signing, traffic
+from raysd.registry.records import blob_path
 from raysd.serve import router as routers
 from raysd.serve import routes as routing
 from raysd.serve.drawing import Drawing
 from raysd.serve.http.catalog import find
 from raysd.serve.http.desk import Ask, Busy, Served
 from raysd.serve.metrics import Metrics
-from raysd.serve.predictions import NewPrediction, Prediction
+from raysd.serve.predictions import NewPrediction, Picture, Prediction
 from raysd.serve.queue import Queue
 from raysd.serve.router import Router
 from raysd.serve.routes import Routes, Target
 from raysd.serve.tables import PredictionRow
 from raysd.storage import Storage
 from tests.adapters import publish_lora
+from tests.versions import files_of
 
 ASK = Ask("predictions", "cats", Drawing(prompt="a cat", steps=2), user="somebody", webhook="https://example.org/hook")
 
@@ -154,7 +158,7 @@ KEYED = Ask(
 def test_a_shadow_draws_the_same_and_nobody_hears_of_it(shadowed: Desk) -> None:
     async def work(router: Router) -> Prediction:
         answer = await router.submit(KEYED)
-        await until(lambda: len(shadowed.replicas.called) == 2)
+        await until(lambda: len(shadowed.rows()) == 2)
         assert (await router.submit(KEYED)).id == answer.id  # which is no reason for a second shadow
         await asyncio.sleep(0.2)
         return answer
@@ -169,7 +173,55 @@ def test_a_shadow_draws_the_same_and_nobody_hears_of_it(shadowed: Desk) -> None:
     assert (shadow.webhook, shadow.webhook_events, shadow.comparison) == (None, [], None)
     assert (shadow.seal_name, shadow.seal_body) == (None, None)
     assert [found.id for found in shadowed.queue.find(None, None, 9)] == [answer.id]
-    assert set(shadowed.replicas.called) == {row.id, shadow.id}
+    assert shadowed.replicas.called == [row.id], "a shadow waits for a replica that has nothing else to do"
+
+
+def test_shadows_take_no_place_and_are_dropped_where_there_is_none(shadowed: Desk) -> None:
+    shadowed.router._backlogs["cats"].most = 2
+
+    async def work(router: Router) -> None:
+        await router.submit(ASK)
+        await until(lambda: len(shadowed.rows()) == 2)
+        await router.submit(ASK)
+        await asyncio.sleep(0.2)
+        with pytest.raises(Busy, match="2 requests wait for cats"):
+            await router.submit(ASK)
+
+    shadowed.run(work)
+    assert [row.shadow_of is None for row in shadowed.rows()] == [True, False, True]
+
+
+def test_what_is_late_ends_although_there_is_no_replica(
+    registry: Registry, put: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routers, "COUNT", 0.05)
+    put(1)
+    desk = Desk(registry, "cats")
+
+    async def work(router: Router) -> Prediction:
+        return await router.wait((await router.submit(replace(ASK, deadline=time.time() + 0.2))).id, 60)
+
+    assert desk.run(work).status == "aborted"
+
+
+def test_what_is_deleted_takes_its_files_along(registry: Registry, put: Callable[[int], Version]) -> None:
+    put(1)
+    desk, storage = Desk(registry, "cats"), registry.storage
+    picture = Picture(0, "generated/2026-01-02/x.png", "a" * 64, 1, 64, 64)
+
+    async def work(router: Router) -> None:
+        drawing = ASK.drawing.model_copy(update={"image": await router.keep_upload(b"png")})
+        made = await router.submit(replace(ASK, drawing=drawing))
+        storage.write(picture.path, b"png")
+        (claim,) = desk.queue.claim("somebody", "cats")
+        desk.queue.finish(claim, [picture], {})
+        await router.delete(made.id)
+        assert not storage.exists(picture.path)
+        assert not storage.exists(f"uploads/{drawing.image}.png")
+        with pytest.raises(NotFound):
+            await router.delete("x" * 26)
+
+    desk.run(work)
 
 
 @pytest.mark.parametrize("error", [StorageError("away"), RuntimeError("anything")])
@@ -297,6 +349,84 @@ def test_a_share_stays_while_the_store_does_not_say_that_its_version_was_withdra
         wait(lambda: routes.choose(ASK)[0].ref == "cats@1")
 
 
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("fault", ["unsigned", "cut off", "too large"])
+def test_an_alias_that_moves_to_what_cannot_be_loaded_moves_no_traffic(
+    registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """Until it can; a canary's share goes to the deployed version meanwhile."""
+    key, told = Ed25519PrivateKey.generate(), list[str]()
+    sound, bad = (registry.publish("cats", files_of(tmp_path / str(n), n, 64 * n), {}, key=str(n)) for n in (1, 2))
+    blob = Path(registry.storage.url) / blob_path(next(f.sha256 for f in bad.files if f.path.startswith("unet/")))
+    whole, signers = blob.read_bytes(), ()
+    spec = ModelSpec(ref="cats:production", memory=1.5 * len(whole) / 2**30)
+    if fault == "unsigned":
+        signing.sign(registry.storage, sound, key)
+        signers = (signing.public_name(key),)
+    elif fault == "cut off":
+        blob.write_bytes(whole[:-1])
+    else:
+        spec = ModelSpec(ref="cats:production", memory=(len(whole) - 1) / 2**30)
+    registry.alias(sound, "production")
+    routes = Routes(registry.storage, [spec], signers)
+    try:
+        routes.on_refused = lambda target: told.append(target.ref)
+        registry.alias(bad, "production")
+        wait(lambda: told == [bad.ref])
+        traffic.change(registry.storage, "cats", {2: 100}, {})
+        time.sleep(0.2)
+        assert routes.choose(ASK)[0].ref == sound.ref
+        assert [record.levelname for record in caplog.records] == ["ERROR"]  # and not at each look
+        if fault == "unsigned":
+            signing.sign(registry.storage, bad, key)
+        elif fault == "cut off":
+            blob.write_bytes(whole)
+        else:
+            return
+        wait(lambda: routes.choose(ASK)[0].ref == bad.ref)
+        assert routes.served()[0].traffic[0].ref == bad.ref
+        assert told == [bad.ref]
+    finally:
+        routes.close()
+
+
+def test_a_service_that_starts_on_a_bad_version_starts(registry: Registry, put: Callable[[int], Version]) -> None:
+    """There is nothing else to serve, and other models are served beside it."""
+    put(1)
+    routes = Routes(registry.storage, [ModelSpec(ref="cats@1")], ["A" * 43 + "="])
+    routes.close()
+    assert routes.choose(ASK)[0].ref == "cats@1"
+
+
+def test_more_bases_than_a_replica_holds_are_said(
+    registry: Registry, put: Callable[[int], Version], caplog: pytest.LogCaptureFixture
+) -> None:
+    put(1), put(2), put(3)
+    traffic.change(registry.storage, "cats", {2: 10}, {})
+    with served(registry, "cats@1"):
+        assert not caplog.records
+    traffic.change(registry.storage, "cats", {2: 10}, {3: 10})
+    with served(registry, "cats@1"):
+        assert "cats: its versions need `bases: 3`, and it is 2" in caplog.text
+
+
+def test_the_ingress_knows_a_base_without_its_weights(
+    registry: Registry, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {path.relative_to(tiny_base).as_posix(): path for path in tiny_base.rglob("*") if path.is_file()}
+    beside = {
+        "unet/other.fp16.safetensors": files["unet/diffusion_pytorch_model.safetensors"],
+        "README.md": tmp_path / "x",
+    }
+    beside["README.md"].write_text("no part of the model")
+    version = registry.publish("whole", files | beside, {}, key="whole")
+    wanted = identity(registry.fetch(version))
+    monkeypatch.setattr(Registry, "fetch", None)
+    assert identity_of(version, registry.storage) == wanted == identity(tiny_base)
+    with served(registry, "whole") as (routes,):
+        assert routes._routes["whole"].base == wanted
+
+
 def test_a_version_that_cannot_be_looked_up_now_is_no_version_that_is_not_there(
     registry: Registry, put: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +457,8 @@ def test_a_lora_is_drawn_over_the_version_that_was_asked_for_or_not_at_all(
         ask = replace(ASK, model="whole", lora=style.ref)
         for version in (None, same.ref, same.digest):
             assert routes.choose(replace(ask, version=version))[0].ref == style.ref
+        with pytest.raises(NotFound, match=r"^lora: there is no zz@1$"):  # and nothing of what else the registry has
+            routes.choose(replace(ask, lora="zz@1"))
         with pytest.raises(RequestError, match=f"lora: {style.ref} was trained on another base than {other.ref}'s"):
             routes.choose(replace(ask, version=other.ref))
 

@@ -113,18 +113,24 @@ def test_flow_matching_follows_diffusers_scheduler() -> None:
     assert torch.allclose(x, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc"])
-def test_drawing_from_a_picture_is_diffusers_img2img(predictor: Predictor, sampler: str) -> None:
-    picture = png(64, 64)
+@pytest.mark.parametrize("sampler", PIPELINES)
+def test_drawing_from_a_picture_is_diffusers_img2img(
+    predictor: Predictor, consistency: Predictor, sampler: str
+) -> None:
+    predictor, picture = consistency if sampler == "lcm" else predictor, png(64, 64)
     drawing = Drawing(prompt="a", seed=3, steps=10, guidance=4, sampler=sampler, image="0" * 64, strength=0.6)
     wanted = theirs(predictor, drawing, "StableDiffusionImg2ImgPipeline", image=opened(picture), strength=0.6)
     assert torch.allclose(latents(predictor, drawing, picture), wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("sampler", PIPELINES)
 @pytest.mark.parametrize("strength", [0.5, 1.0])
-def test_drawing_behind_a_mask_is_diffusers_inpainting(predictor: Predictor, strength: float) -> None:
-    picture, mask = png(64, 64), png_mask(64)
-    drawing = Drawing(prompt="a", seed=3, steps=8, guidance=4, image="0" * 64, mask="1" * 64, strength=strength)
+def test_drawing_behind_a_mask_is_diffusers_inpainting(
+    predictor: Predictor, consistency: Predictor, sampler: str, strength: float
+) -> None:
+    predictor, picture, mask = consistency if sampler == "lcm" else predictor, png(64, 64), png_mask(64)
+    asked = {"image": "0" * 64, "mask": "1" * 64, "strength": strength}
+    drawing = Drawing(prompt="a", seed=3, steps=8, guidance=4, sampler=sampler, **asked)
     wanted = theirs(
         predictor,
         drawing,

@@ -14,6 +14,7 @@ from PIL import Image
 from raysd.errors import OutOfMemory
 from raysd.models import family_of
 from raysd.serve import replica as replicas
+from raysd.serve import scheduler as scheduling
 from raysd.serve.drawing import Drawing
 from raysd.serve.predictor import Predictor
 from raysd.serve.replica import NOT_FINITE, Replica
@@ -188,6 +189,43 @@ def test_a_batch_that_does_not_fit_is_made_smaller(predictor: Predictor, monkeyp
     finish(scheduler)
     with pytest.raises(OutOfMemory):
         lone.future.result(0)
+
+
+def test_a_batch_that_did_not_fit_grows_again(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When what took the memory has gone, strangers of whoever met it draw as before."""
+    true, short = predictor.backend.denoise, [True]
+
+    def denoise(latents: torch.Tensor, *rest: object) -> torch.Tensor:
+        if short and len(latents) > 2:
+            raise torch.OutOfMemoryError("no memory")
+        return true(latents, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(predictor.backend, "denoise", denoise)
+    monkeypatch.setattr(scheduling, "CALM", 2)
+    scheduler = Scheduler(rows=8)
+    scheduler.submit([Picture(predictor, Drawing(prompt="a", seed=n, steps=12, guidance=1)) for n in range(8)])
+    while scheduler.rows > 2:
+        scheduler.turn()
+    short.clear()
+    finish(scheduler)
+    assert scheduler.rows == 8
+
+
+def test_pictures_that_fit_alone_are_decoded_alone(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, most = predictor.backend.decode, [1]
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        if len(latents) > most[0]:
+            raise torch.OutOfMemoryError("no memory")
+        return true(latents)
+
+    monkeypatch.setattr(predictor.backend, "decode", decode)
+    scheduler = Scheduler(rows=8)
+    for most[0], kind in ((1, type(None)), (0, OutOfMemory)):
+        pictures = [Picture(predictor, Drawing(prompt="a", seed=n, steps=2, guidance=1)) for n in range(3)]
+        scheduler.submit(pictures)
+        finish(scheduler)
+        assert [type(picture.future.exception(0)) for picture in pictures] == [kind] * 3
 
 
 def test_two_without_guidance_that_do_not_fit_together_are_drawn_one_by_one(

@@ -85,6 +85,12 @@ def test_a_space_that_the_training_does_not_have_is_named(training, space, messa
     assert message in str(raised.value)
 
 
+def joined(monkeypatch, resources):
+    """A cluster of that size."""
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("raysd.cluster.capacity", lambda: resources)
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
@@ -100,7 +106,7 @@ def test_a_space_that_the_training_does_not_have_is_named(training, space, messa
 )
 def test_a_space_whose_largest_trial_fits_no_cluster_is_refused(training, monkeypatch, space, message):
     """What the recipe itself asks for fits."""
-    monkeypatch.setattr("raysd.cluster.capacity", lambda: {"CPU": 4.0})
+    joined(monkeypatch, {"CPU": 4.0})
     small = override(training, {"scale.workers": 1, "scale.zero_stage": 0})
     assert room_for(spec_of(), small).trials == 3
     with pytest.raises(RequestError, match=r"this cluster has \d .PUs") as raised:
@@ -109,7 +115,7 @@ def test_a_space_whose_largest_trial_fits_no_cluster_is_refused(training, monkey
 
 
 def test_workers_of_the_largest_trial_of_a_space_have_room(training, monkeypatch):
-    monkeypatch.setattr("raysd.cluster.capacity", lambda: {"CPU": 4.0, "GPU": 2.0})
+    joined(monkeypatch, {"CPU": 4.0, "GPU": 2.0})
     small = override(training, {"scale.workers": 1, "scale.zero_stage": 0, "scale.gpus": False})
     spec = spec_of(space={"scale.workers": {"kind": "choice", "values": [1, 4]}}, concurrent=1)
     assert room_for(spec, small) == Room(trials=1, cpus=1, gpus=0)

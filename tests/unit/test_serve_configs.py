@@ -1,5 +1,7 @@
 """The committed Serve configs are what Ray and raysd take; wrong ones say which field is wrong."""
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,6 @@ import pytest
 import ray
 import yaml
 from ray import serve
-from ray.serve.schema import ServeDeploySchema
 
 from raysd.config import load, override
 from raysd.config.serving import ServingSpec
@@ -19,6 +20,7 @@ from raysd.serve.keys import Keys
 from raysd.serve.run import BUILDER, read_config
 from raysd.storage import Storage
 from tests.conftest import free_port
+from tests.manifests import serve_faults
 
 FOLDER = Path(__file__).parents[2] / "serve"
 
@@ -29,7 +31,29 @@ def test_each_config_is_taken(path: Path) -> None:
     assert spec.models
     assert http["port"] == 8000
     assert spec.public == (http["host"] != "127.0.0.1")
-    assert ServeDeploySchema.model_validate(yaml.safe_load(path.read_text())).applications[0].import_path == BUILDER
+    assert serve_faults(yaml.safe_load(path.read_text())) == []
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.name)
+def test_a_misspelt_field_is_found_wherever_it_is(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    places = list(fields(config))
+    for place in places:
+        wrong = copy.deepcopy(config)
+        node = wrong
+        for step in place[:-1]:
+            node = node[step]
+        node[place[-1] + "x"] = node.pop(place[-1])
+        assert serve_faults(wrong), f"{'.'.join(map(str, place))}x is taken"
+    assert len(places) > 8
+
+
+def fields(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every named field of a config."""
+    for key, inner in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if isinstance(key, str):
+            yield (*place, key)
+        yield from fields(inner, (*place, key))
 
 
 @pytest.mark.parametrize(
@@ -116,6 +140,13 @@ def run(spec: ServingSpec, host: str = "127.0.0.1") -> None:
     running.run(spec, host, free_port(), lambda url: None)
 
 
+def test_configs_name_the_ingress_as_the_application_does(tmp_path: Path) -> None:
+    built = application.build(a_service(tmp_path))
+    configs = [yaml.safe_load(path.read_text())["applications"][0] for path in FOLDER.glob("*.yaml")]
+    named = {given["name"] for config in configs for given in config.get("deployments", ())}
+    assert named == {built._bound_deployment.name}
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "host.example"])
 def test_an_address_that_others_reach_needs_public(tmp_path: Path, started: list[str], host: str) -> None:
     with pytest.raises(
@@ -123,6 +154,18 @@ def test_an_address_that_others_reach_needs_public(tmp_path: Path, started: list
     ):
         run(a_service(tmp_path), host)
     assert started == []
+
+
+def test_a_serve_that_listens_already_where_others_reach_it_needs_public(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps its own address, whatever a second start asks for."""
+    monkeypatch.setattr(serve, "start", lambda **_: started.append("serve"))
+    monkeypatch.setattr(serve, "run", lambda *_, **__: pytest.fail("was deployed"))
+    monkeypatch.setattr(running, "_listens", lambda: "0.0.0.0")
+    with pytest.raises(RequestError, match=r"Serve runs already at 0\.0\.0\.0: others reach it; give --public"):
+        run(a_service(tmp_path))
+    assert started == ["ray", "serve"]
 
 
 def test_public_needs_a_key_that_is_alive(tmp_path: Path, started: list[str]) -> None:

@@ -3,13 +3,15 @@
 import hashlib
 import io
 import json
+import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from raysd.data.source import open_source, public, read_picture
+from raysd.data.source import open_source, public, read_picture, without_secrets
 from raysd.errors import DataError, StorageError
 from raysd.storage import Storage
 from tests.pictures import encoded, folder, photo
@@ -109,6 +111,21 @@ def test_a_zip_is_unpacked_once_under_its_sha256(tmp_path, uploads, monkeypatch)
     assert {entry.path.split("/", 1)[0] for entry in uploads.list()} == {digest}
 
 
+def test_archives_that_nobody_names_any_more_go_when_another_comes(tmp_path, uploads):
+    kept, gone = (tmp_path / name for name in ("kept.zip", "gone.zip"))
+    for number, path in enumerate((kept, gone)):
+        path.write_bytes(zipped({"a.png": encoded(photo(number, 32))}))
+        [entry] = open_source(str(path), uploads).entries
+        os.utime(Path(entry.path).with_name("index.json"), (0, 0))
+    uploads.write("picture.png", b"of somebody else")
+    pictures = [Path(entry.path) for entry in open_source(str(kept), uploads).entries]
+    (tmp_path / "new.zip").write_bytes(zipped({"a.png": encoded(photo(3, 32))}))
+    pictures += [Path(entry.path) for entry in open_source(str(tmp_path / "new.zip"), uploads).entries]
+    assert all(picture.exists() for picture in pictures)
+    names = {hashlib.sha256((tmp_path / f"{name}.zip").read_bytes()).hexdigest() for name in ("kept", "new")}
+    assert {entry.path.split("/")[0] for entry in uploads.list()} == {"picture.png", *names}
+
+
 def test_an_unpacking_that_died_is_done_again(tmp_path, uploads, monkeypatch):
     path = tmp_path / "set.zip"
     path.write_bytes(zipped({f"{n}.png": encoded(photo(n)) for n in range(3)}))
@@ -169,6 +186,11 @@ def test_a_folder_without_pictures_and_a_file_that_is_no_zip_are_refused(tmp_pat
         open_source(str(tmp_path), uploads)
     with pytest.raises(DataError, match="not a zip"):
         open_source(str(tmp_path / "a.txt"), uploads)
+
+
+def test_paths_have_no_secrets_to_lose():
+    for path in ("sample", "./what?", "/a/b@c.zip"):
+        assert without_secrets(path) == path
 
 
 def test_messages_show_no_credentials():

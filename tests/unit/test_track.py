@@ -7,7 +7,8 @@ from raysd.errors import RequestError
 from raysd.storage import Storage
 from raysd.train import track
 
-SPEC = load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
+SECRET = {"source": "https://user:word@host.test/x.zip?sig=deadbeef"}
+SPEC = load(TrainingSpec, {"data": SECRET, "optim": {"steps": 1}})
 
 
 def test_tensorboard_files_hold_the_values(tmp_path):
@@ -32,6 +33,9 @@ def test_mlflow_gets_metrics_and_the_spec(tmp_path, monkeypatch):
     [run] = mlflow.search_runs(experiment_names=["raysd"], output_format="list")
     assert run.data.metrics["loss"] == 0.25
     assert run.info.run_name == "run"
+    assert (
+        mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/spec.json")["data"]["source"] == "https://host.test/x.zip"
+    )
 
 
 def test_wandb_writes_its_files_offline(tmp_path, monkeypatch):
@@ -42,7 +46,9 @@ def test_wandb_writes_its_files_offline(tmp_path, monkeypatch):
     tracker = track.Wandb("raysd", "run", SPEC)
     tracker.log(3, {"loss": 0.25})
     tracker.close()
-    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    [path] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"https://host.test/x.zip" in path.read_bytes()
+    assert b"deadbeef" not in path.read_bytes()
 
 
 def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch):

@@ -9,6 +9,7 @@ from raysd.errors import NotFound, RequestError, Stale
 from raysd.registry import Registry, Version, traffic
 from raysd.registry.traffic import Traffic
 from raysd.storage import Storage
+from tests.cluster import raysd
 
 USERS = [f"user{number}" for number in range(20_000)]
 
@@ -46,6 +47,17 @@ def test_a_change_is_read_back_and_counted(registry: Registry, put: Callable[[in
     assert traffic.read(registry.storage, "cats").seq == 2
     assert not traffic.read(registry.storage, "cats").shares
     assert [model.name for model in registry.models()] == ["cats"]
+
+
+@pytest.mark.parametrize("share", [40, 100])
+def test_where_nothing_is_left_to_the_alias_that_is_said(
+    registry: Registry, put: Callable[[int], Version], share: int
+) -> None:
+    put(1)
+    done = raysd("traffic", "cats", f"v1={share}", storage=registry.storage.url)
+    assert done.returncode == 0, done.stderr
+    said = "an alias that moves changes nothing that is drawn, until raysd traffic cats --clear"
+    assert (said in done.stderr) == (share == 100)
 
 
 def test_wrong_shares_are_refused(registry: Registry, put: Callable[[int], Version]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raysd.config import TrainingSpec, load, override
-from raysd.train.worker import _is_out_of_memory, _memory_advice
+from raysd.train.memory import is_out_of_memory, memory_advice
 
 SPEC = load(
     TrainingSpec,
@@ -33,13 +33,13 @@ SMALLEST = {
     ids=str,
 )
 def test_which_errors_mean_that_memory_ran_out(error, means_it):
-    assert _is_out_of_memory(error) is means_it
+    assert is_out_of_memory(error) is means_it
 
 
 def test_an_allocation_that_the_cpu_refuses_means_it_too():
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
-    assert _is_out_of_memory(raised.value)
+    assert is_out_of_memory(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_an_allocation_that_the_cpu_refuses_means_it_too():
 )
 def test_the_advice_names_the_machine_the_request_and_settings_that_can_be_given(changes, tries):
     spec = override(SPEC, changes)
-    text = _memory_advice(spec, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore\nand more"))
+    text = memory_advice(spec, RuntimeError("CUDA out of memory. Tried to allocate 2 GiB\nmore\nand more"))
     first, asked, advice = text.splitlines()
     assert first == f"out of memory on {os.uname().nodename}: CUDA out of memory. Tried to allocate 2 GiB"
     most = spec.scale.most_workers
@@ -71,4 +71,4 @@ def test_the_advice_names_the_machine_the_request_and_settings_that_can_be_given
 
 
 def test_an_error_without_words_is_still_told():
-    assert ": out of memory\n" in _memory_advice(SPEC, MemoryError())
+    assert ": out of memory\n" in memory_advice(SPEC, MemoryError())

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from raysd.serve.drawing import Drawing
 from raysd.serve.metrics import Metrics
 from raysd.serve.pool import Pool
 from raysd.serve.predictions import NewPrediction, Prediction
-from raysd.serve.predictor import Predictor
+from raysd.serve.predictor import Predictor, Sample
 from raysd.serve.queue import Queue
 from raysd.serve.scheduler import Scheduler
 from raysd.serve.torch_backend import TorchBackend
@@ -78,6 +79,7 @@ def test_a_prediction_is_drawn_and_kept_with_what_it_was_drawn_by(bench: Bench) 
     done = bench.ended(prediction.id)
     assert done.status == "succeeded"
     assert [picture.seed for picture in done.pictures] == [3, 4]
+    assert 0 < done.metrics["draw_time"] < (done.completed or 0) - (done.started or 0)
     for picture in done.pictures:
         data = bench.storage.read(picture.path)
         assert hashlib.sha256(data).hexdigest() == picture.sha256
@@ -162,6 +164,49 @@ def test_previews_are_shown_to_who_watches(bench: Bench) -> None:
     work.result(300)
     assert sorted((number, index) for number, index, _ in seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(np.asarray(Image.open(io.BytesIO(png))).shape == (64, 64, 3) for *_, png in seen)
+
+
+def test_previews_are_encoded_beside_the_thread_that_draws(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else everybody's steps wait for one's previews."""
+    worker, threads = bench.worker(), set()
+
+    def marked(image: Image.Image, digest: str) -> Image.Image:
+        threads.add(threading.current_thread().name)
+        return image
+
+    monkeypatch.setattr(worker.finish, "marked", marked)
+    worker.scheduler.start()
+    prediction = bench.submit(WISH.model_copy(update={"steps": 6, "partial_images": 2}))
+    seen: list[int] = []
+    work = worker.take(prediction.id, lambda number, index, png: seen.append(index))
+    assert work is not None
+    work.result(300)
+    assert sorted(seen) == [0, 0, 1, 1]
+    assert threads
+    assert "denoising" not in threads
+
+
+def test_who_comes_to_watch_what_is_in_work_already_sees_the_rest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker may find a request by itself before it is called for it."""
+    came, begin = threading.Event(), Predictor.begin
+
+    def wait(*given: object) -> Sample:
+        assert came.wait(300)
+        return begin(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Predictor, "begin", wait)
+    worker = bench.worker()
+    worker.start()
+    prediction = bench.submit(WISH.model_copy(update={"steps": 6, "partial_images": 1, "count": 1}))
+    until(lambda: worker.in_work == 1)
+    seen: list[int] = []
+    work = worker.take(prediction.id, lambda number, index, png: seen.append(index))
+    came.set()
+    assert work is not None
+    work.result(300)
+    assert seen == [0]
 
 
 def until(met: Callable[[], bool]) -> None:

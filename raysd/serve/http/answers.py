@@ -23,6 +23,8 @@ from raysd.serve.predictions import POLICY, Picture, Prediction
 
 HEARTBEAT = 15.0
 """Seconds without an event after which a comment is sent: proxies take a silent connection for a dead one."""
+NEVER_AGAIN = {"X-Should-Retry": "false"}
+"""OpenAI's clients send again what got 409 or 500, unless told not to."""
 LATE = "it was not drawn in time; ask for less, or try again"
 
 
@@ -85,10 +87,10 @@ def check(last: Prediction) -> Prediction:
         error = last.error or "drawing failed"
         # A size that it cannot draw, or what the classifier held back.
         asked_for_it = error.partition(":")[0].partition(" ")[0] in (*Drawing.model_fields, POLICY)
-        raise Refused(400 if asked_for_it else 500, error)
+        raise Refused(400 if asked_for_it else 500, error, headers=NEVER_AGAIN)
     if last.deadline is not None and last.deadline <= time.time():
         raise Refused(504, LATE)
-    raise Refused(409, "it was canceled")
+    raise Refused(409, "it was canceled", headers=NEVER_AGAIN)
 
 
 async def images(service: Service, last: Prediction, wanted: Wanted, base: str) -> Images:

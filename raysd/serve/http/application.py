@@ -19,7 +19,7 @@ from raysd.database import Database
 from raysd.errors import AlreadyExists, NotFound, RaysdError
 from raysd.feedback.generations import Generations
 from raysd.feedback.records import Records
-from raysd.serve import pages
+from raysd.serve import limits, pages
 from raysd.serve.http import catalog, comparisons, errors, feedback, openai, predictions, uploads
 from raysd.serve.http.access import Access
 from raysd.serve.http.desk import Desk
@@ -55,7 +55,7 @@ ALLOWED = (
     "OpenAI-Project",
 )
 """What a page of another site may send, where one is named: all that is read here, and what OpenAI's client adds."""
-EXPOSED = ("X-Request-Id", "X-Raysd-Version", "X-Raysd-Digest", "Retry-After", "Preference-Applied")
+EXPOSED = ("X-Request-Id", "X-Raysd-Version", "X-Raysd-Digest", "Retry-After", "X-Should-Retry", "Preference-Applied")
 
 
 def build(
@@ -78,7 +78,7 @@ def build(
     service = Service(
         desk=desk,
         queue=queue,
-        records=Records(database),
+        records=Records(database, admit=limits.count),
         generations=Generations(database, storage),
         spec=http,
         secret=secret,

@@ -14,7 +14,7 @@ from raysd.serve.http.catalog import find
 from raysd.serve.http.desk import Ask
 from raysd.serve.http.links import user_digest
 from raysd.serve.http.service import Service, caller_of
-from raysd.serve.http.wire import Wire
+from raysd.serve.http.wire import User, Wire
 from raysd.serve.predictions import Api, Prediction
 
 _TRACE = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -37,6 +37,7 @@ class Told:
     idempotency_key: str | None
     withhold: bool
     traceparent: str | None
+    user: str | None
 
 
 def told_by(
@@ -45,10 +46,13 @@ def told_by(
         bool, Header(alias="X-Raysd-Withhold", description="The prompt is not kept once the pictures are drawn.")
     ] = False,
     traceparent: Annotated[str | None, Header(description="Trace Context (W3C).")] = None,
+    user: Annotated[
+        User | None, Header(alias="X-Raysd-User", description="Who asks, in your words; kept as a digest alone.")
+    ] = None,
 ) -> Told:
     """A dependency: the headers of a request that draws."""
     trace = traceparent if traceparent and _TRACE.fullmatch(traceparent) else None
-    return Told(idempotency_key, withhold, trace)
+    return Told(idempotency_key, withhold, trace, user)
 
 
 def fingerprint(kind: str, asked: Wire, *uploads: str | None) -> str:
@@ -68,7 +72,8 @@ async def submit(
     user: str | None = None,
     **more: Any,
 ) -> Prediction:
-    """Have it written down. `more` are fields of `Ask`. Raises what the desk raises."""
+    """Have it written down. `user` goes before that of the headers; `more` are fields of `Ask`. Raises what the desk does."""
+    user = user or told.user
     caller, found = caller_of(request), find(service.desk.models(), model)
     ask = Ask(
         api=api,

@@ -3,7 +3,9 @@
 import hashlib
 import hmac
 import secrets
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -64,12 +66,13 @@ async def _compare(service: Service, request: Request, asked: ComparisonRequest,
             prediction = await submit(
                 service,
                 request,
-                Told(key, told.withhold, told.traceparent),
+                replace(told, idempotency_key=key),
                 api="openai",
                 model=version,
                 drawing=wanted,
                 user=asked.user,
                 comparison=id,
+                deadline=time.time() + service.spec.life_seconds,
                 body=fingerprint(f"comparison {side}", asked),
             )
         except Exception:

@@ -117,6 +117,9 @@ class Desk(Protocol):
     async def cancel(self, id: str) -> Prediction:
         """Stop it if it has not ended. Raises NotFound."""
 
+    async def delete(self, id: str) -> None:
+        """Stop it, and remove prompt, user and pictures, also those that it started from. Raises NotFound."""
+
     async def read(self, path: str) -> bytes:
         """A generated picture. Raises NotFound."""
 

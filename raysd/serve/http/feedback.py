@@ -26,11 +26,14 @@ _PICTURE = re.compile(rf"({_ID.pattern})\.(png|jpeg|webp)")
 
 
 class GenerationAnswer(BaseModel):
-    """A drawn picture. Times are epoch seconds. A prompt that was withheld, or deleted, is null."""
+    """A drawn picture. Times are epoch seconds. A prompt that was withheld, or deleted, is null.
+
+    So are model, version and digest until the choice of a comparison is made.
+    """
 
     generation: str
     prediction: str
-    model: str
+    model: str | None
     version: str | None
     digest: str | None
     prompt: str | None
@@ -138,7 +141,7 @@ def _said(generation: Generation) -> GenerationAnswer:
     return GenerationAnswer(
         generation=generation.id,
         prediction=generation.prediction_id,
-        model=generation.model,
+        model=None if blind else generation.model,
         version=None if blind else generation.ref,
         digest=None if blind else generation.digest,
         prompt=generation.prompt,

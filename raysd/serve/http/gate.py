@@ -37,8 +37,9 @@ class Gate:
     """ASGI middleware. `identify` says whose a request is, or raises Refused; its answer lies in `request.state.caller`.
     `limit_of` a path is the size in bytes of its largest body, which may take `body_seconds` to arrive.
 
-    With `loopback` the service is this machine's alone: other host names are refused, so that no page of another site
-    reaches it under a name of its own (DNS rebinding), and so are requests that a browser sends for another site.
+    With `loopback` the service is this machine's alone: who comes from elsewhere is refused, wherever it listens. So are
+    other host names, so that no page of another site reaches it under a name of its own (DNS rebinding), and requests
+    that a browser sends for another site.
     """
 
     def __init__(
@@ -95,6 +96,11 @@ class Gate:
             raise Refused(400, "Host: give one, as name or name:port")
         if not self.loopback:
             return
+        client = scope.get("client")
+        if client is None or not is_loopback(client[0]):
+            raise Refused(
+                403, "this service is for its own machine alone; for others set public: true, and give them keys"
+            )
         if not is_loopback(named["name"]):
             raise Refused(421, "this service is for its own machine: address it as 127.0.0.1 or localhost")
         origin, own = headers.get("origin"), f"{scope['scheme']}://{hosts[0]}"

@@ -115,6 +115,7 @@ def routes(service: Service) -> APIRouter:
         told: Annotated[Told, Depends(told_by)],
     ) -> Response:
         """Draw a picture anew, all of it or where the mask is transparent."""
+        await service.hold(request)
         image, mask = await _uploads(service, asked)
         wanted = drawing(asked, service.spec, image=image, mask=mask, **asked.pixels())
         return await _draw(service, request, asked, told, wanted, "image_edit")

@@ -44,7 +44,7 @@ Life = Annotated[
         pattern=rf"^{_LIFE.pattern}$",
         min_length=1,
         max_length=20,
-        description="Seconds, or as 1h30m15s: after which it is given up. From 5 seconds to a day.",
+        description="Seconds, or as 1h30m15s: after which it is given up. From 5 seconds to a day; else what the service says.",
     ),
 ]
 
@@ -125,6 +125,12 @@ def routes(service: Service) -> APIRouter:
         await service.own(id, request)
         return _answer(service, request, await service.desk.cancel(id), 200)
 
+    @router.delete("/v1/predictions/{id}", status_code=204)
+    async def delete(request: Request, id: str) -> None:
+        """Stop it, and remove its prompt, its pictures, those it started from, and what was written of them, for good."""
+        await service.own(id, request)
+        await service.desk.delete(id)
+
     @router.get("/v1/webhooks/default/secret")
     async def secret(request: Request) -> dict[str, str]:
         """What the caller's webhooks are signed with."""
@@ -136,8 +142,10 @@ def routes(service: Service) -> APIRouter:
 async def _create(
     service: Service, request: Request, asked: PredictionRequest, told: Told, prefer: str | None, life: str | None
 ) -> Response:
-    seconds, deadline = _wait(prefer), _deadline(life)
+    seconds, deadline = _wait(prefer), _deadline(life, service.spec.life_seconds)
     webhook, events = await _webhook(service, asked)
+    if asked.input.image is not None:
+        await service.hold(request)
     image, mask = await uploads.of_input(service, asked.input)
     prediction = await submit(
         service,
@@ -189,9 +197,9 @@ def _wait(prefer: str | None) -> float | None:
     return None
 
 
-def _deadline(life: str | None) -> float | None:
+def _deadline(life: str | None, default: float) -> float:
     if life is None:
-        return None
+        return time.time() + default
     match = _LIFE.fullmatch(life)
     hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     total = 3600 * hours + 60 * minutes + seconds

@@ -25,7 +25,7 @@ class Drawn(BaseModel):
 
 
 class PredictionAnswer(BaseModel):
-    """A prediction. Until the choice of a comparison is made, its `version` says nothing."""
+    """A prediction. Until the choice of a comparison is made, its `model` and `version` say nothing."""
 
     id: str
     model: str
@@ -58,7 +58,7 @@ def said(links: Links, base: str, prediction: Prediction) -> PredictionAnswer:
     here = f"{base}/v1/predictions/{prediction.id}"
     return PredictionAnswer(
         id=prediction.id,
-        model=f"{OWNER}/{prediction.model}",
+        model=f"{OWNER}/{'hidden' if prediction.blind else prediction.model}",
         version="hidden" if prediction.blind else prediction.digest,
         version_ref=None if prediction.blind else prediction.ref,
         input=_input(prediction),
@@ -70,7 +70,7 @@ def said(links: Links, base: str, prediction: Prediction) -> PredictionAnswer:
         created_at=_iso(prediction.created) or "",
         started_at=_iso(prediction.started),
         completed_at=_iso(prediction.completed),
-        data_removed=prediction.ended and prediction.withhold,
+        data_removed=prediction.deleted is not None or (prediction.ended and prediction.withhold),
         metrics=_metrics(prediction),
         urls=Urls(get=here, cancel=f"{here}/cancel"),
         webhook=prediction.webhook,

@@ -12,7 +12,7 @@ from raysd.errors import RequestError
 from raysd.serve.http import pictures
 from raysd.serve.http.desk import UPLOADS_KEPT
 from raysd.serve.http.errors import REPLICATE
-from raysd.serve.http.service import Service, may
+from raysd.serve.http.service import Service, caller_of, may
 from raysd.serve.http.wire import Input, Text, Wire
 
 _FILE = re.compile(
@@ -90,6 +90,9 @@ def routes(service: Service) -> APIRouter:
     @router.post("/v1/files", status_code=201)
     async def create(request: Request, asked: Annotated[FileRequest, Form(media_type="multipart/form-data")]) -> File:
         """Upload a picture for predictions to start from, as Replicate's clients do with open files."""
+        owner = caller_of(request).owner
+        if owner is not None:
+            await asyncio.to_thread(service.queue.admit, owner)
         body = await asked.content.read()
         kept = await keep(service, body, "content")
         now = datetime.now(UTC)

@@ -1,0 +1,55 @@
+"""Memory that ran out: which errors mean it, and what to try then."""
+
+import os
+
+import torch
+
+from raysd.config import TrainingSpec
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
+def memory_advice(spec: TrainingSpec, error: BaseException) -> str:
+    """For an error that a worker met itself."""
+    asked = (str(error).splitlines() or ["out of memory"])[0][:200]
+    return f"out of memory on {os.uname().nodename}: {asked}\n{memory_remedy(spec)}"
+
+
+def killed_for_memory(problem: BaseException) -> str | None:
+    """What Ray Train's error says of a worker that the kernel or Ray's memory monitor killed; None for other ends."""
+    from ray.exceptions import OutOfMemoryError
+
+    for rank, failure in sorted(getattr(problem, "worker_failures", {}).items()):
+        cause = getattr(failure, "health_check_failure", failure)
+        if isinstance(cause, OutOfMemoryError):
+            return f"rank {rank} was killed, as its node ran out of memory"
+        if "SIGKILL" in str(cause):  # Ray names the kernel's killer as one of the causes: it cannot see which it was
+            return f"rank {rank} was killed, by the kernel perhaps as its node ran out of memory"
+    return None
+
+
+def memory_remedy(spec: TrainingSpec) -> str:
+    """What was asked for, and what to try instead: two lines."""
+    per_worker = -(-spec.optim.batch_size // spec.scale.most_workers)
+    tries = []
+    if (spec.optim.micro_batch or per_worker) > 1:
+        tries.append(f"--optim.micro_batch {max(1, (spec.optim.micro_batch or per_worker) // 2)}")
+    if not spec.scale.gradient_checkpointing:
+        tries.append("--scale.gradient_checkpointing true")
+    if spec.scale.precision == "fp32":
+        tries.append("--scale.precision bf16")
+    if spec.scale.zero_stage < 3 and spec.scale.most_workers > 1 and spec.optim.kind == "adamw":
+        tries.append(f"--scale.zero_stage {spec.scale.zero_stage + 1}")
+    if spec.method.kind == "full":
+        tries.append("--method.kind lora")
+    return (
+        f"asked for: batch {spec.optim.batch_size} over {spec.scale.most_workers} workers at {spec.data.resolution} px\n"
+        f"try: {' or '.join(tries[:3]) or 'a smaller data.resolution or a larger machine'}"
+    )
