@@ -202,6 +202,7 @@ class Driver:
     def _tune_and_count(self) -> str:
         """The same, its seconds added to the record's."""
         began = time.monotonic()
+        self._settle(INTERRUPTED)  # trials of a driver that was killed run no more, and cost no more
         try:
             return self._tune()
         finally:

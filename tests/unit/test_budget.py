@@ -73,6 +73,15 @@ def test_a_trial_that_runs_has_cost_what_it_has_not_written_yet(store):
     assert spent(store, gpu_hours=1) is None
 
 
+def test_a_search_that_goes_on_does_not_pay_for_the_time_in_between(tmp_path, store, monkeypatch):
+    """Its driver was killed an hour ago, and what it wrote says that a trial runs."""
+    records.write_trial(store, TrialRecord("a", {}, "s-a", "running", seconds=60, gpus=1, written=time.time() - 3600))
+    space = {"method.rank": CHOICE}
+    driver = driver_of(tmp_path, {"recipe": "x", "space": space, "budget": {"trials": 3, "gpu_hours": 1}})
+    monkeypatch.setattr(driver, "_tune", lambda: spent(store, gpu_hours=1) or "nothing is spent")
+    assert driver._tune_and_count() == "nothing is spent"
+
+
 def test_the_trials_are_not_read_at_every_step_of_every_trial(store, monkeypatch):
     reads = []
     monkeypatch.setattr(records, "trials", lambda store: reads.append(store) or [])
