@@ -35,6 +35,8 @@ KUBERNETES = "1.34"
 # The package reads its definitions, a megabyte, for each resource.
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 Document = dict[str, Any]
+Place = tuple[Any, ...]
+"""The names and numbers that lead to a field."""
 
 MAP = dict[str, str]
 SELECTOR = {"matchLabels": MAP, "matchExpressions": [{"key": str, "operator": str, "values": [str]}]}
@@ -316,3 +318,13 @@ def parse(words: list[str]) -> None:
         override(recipe_of(search.recipe), {**search.training, **dotted(context.args)})
     else:
         assert not context.args
+
+
+def misspell(document: Any, place: Place) -> Any:
+    """The document with the name of one field misspelt."""
+    wrong = copy.deepcopy(document)
+    node = wrong
+    for step in place[:-1]:
+        node = node[step]
+    node[place[-1] + "x"] = node.pop(place[-1])
+    return wrong

@@ -31,7 +31,7 @@ def killed_for_memory(problem: BaseException) -> str | None:
         if isinstance(cause, OutOfMemoryError):
             return f"rank {rank} was killed, as its node ran out of memory"
         if "SIGKILL" in str(cause):  # Ray names the kernel's killer as one of the causes: it cannot see which it was
-            return f"rank {rank} was killed, by the kernel perhaps as its node ran out of memory"
+            return f"rank {rank} was killed (SIGKILL), perhaps by the kernel, as its node ran out of memory"
     return None
 
 

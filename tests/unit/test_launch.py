@@ -227,7 +227,11 @@ def worker_killed(cause):
     ("cause", "kind", "said"),
     [
         (ray.exceptions.OutOfMemoryError("Task was killed"), OutOfMemory, "rank 1 was killed, as its node ran out"),
-        (RuntimeError("killed by SIGKILL by OOM killer"), OutOfMemory, "rank 1 was killed, by the kernel perhaps"),
+        (
+            RuntimeError("killed by SIGKILL by OOM killer"),
+            OutOfMemory,
+            r"rank 1 was killed \(SIGKILL\), perhaps by the kernel",
+        ),
         (RuntimeError("the node died"), TrainingFailed, "last line"),
     ],
 )

@@ -1,6 +1,5 @@
 """Manifests of k8s/: no unknown field in any file, nothing that the operator refuses, nothing open without a token."""
 
-import copy
 import os
 import re
 import shlex
@@ -33,6 +32,7 @@ from tests.manifests import (
     is_ray,
     kubectl_is_new,
     kustomized,
+    misspell,
     parse,
     read,
     serve_faults,
@@ -132,12 +132,7 @@ def misspelt(documents: list[Any]) -> Iterator[tuple[str, Any]]:
         if place[-1] in seen or re.search("[/:]", place[-1]):
             continue
         seen.add(place[-1])
-        wrong = copy.deepcopy(documents[place[0]])
-        node = wrong
-        for step in place[1:-1]:
-            node = node[step]
-        node[place[-1] + "x"] = node.pop(place[-1])
-        yield place[-1], wrong
+        yield place[-1], misspell(documents[place[0]], place[1:])
 
 
 def _fields(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

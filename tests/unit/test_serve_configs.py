@@ -1,6 +1,5 @@
 """The committed Serve configs are what Ray and raysd take; wrong ones say which field is wrong."""
 
-import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from raysd.serve.keys import Keys
 from raysd.serve.run import BUILDER, read_config
 from raysd.storage import Storage
 from tests.conftest import free_port
-from tests.manifests import serve_faults
+from tests.manifests import misspell, serve_faults
 
 FOLDER = Path(__file__).parents[2] / "serve"
 
@@ -39,12 +38,7 @@ def test_a_misspelt_field_is_found_wherever_it_is(path: Path) -> None:
     config = yaml.safe_load(path.read_text())
     places = list(fields(config))
     for place in places:
-        wrong = copy.deepcopy(config)
-        node = wrong
-        for step in place[:-1]:
-            node = node[step]
-        node[place[-1] + "x"] = node.pop(place[-1])
-        assert serve_faults(wrong), f"{'.'.join(map(str, place))}x is taken"
+        assert serve_faults(misspell(config, place)), f"{'.'.join(map(str, place))}x is taken"
     assert len(places) > 8
 
 

@@ -74,6 +74,13 @@ class Page(BaseModel):
 def routes(service: Service) -> APIRouter:
     """/v1/predictions and what lies under it."""
     router = APIRouter(tags=["predictions"], dependencies=[may("generate")], responses=REPLICATE)
+    _asking(router, service)
+    _having(router, service)
+    return router
+
+
+def _asking(router: APIRouter, service: Service) -> None:
+    """What begins predictions."""
     taking: dict[str, Any] = {
         "status_code": 201,
         "response_model": PredictionAnswer,
@@ -103,6 +110,10 @@ def routes(service: Service) -> APIRouter:
         """Ask a model for pictures."""
         asked = asked.model_copy(update={"model": f"{OWNER}/{name}", "version": None})
         return await _create(service, request, asked, told, prefer, cancel_after)
+
+
+def _having(router: APIRouter, service: Service) -> None:
+    """What finds, stops and removes them."""
 
     @router.get("/v1/predictions", response_model=Page)
     async def find(request: Request, cursor: Annotated[str | None, Query(max_length=200)] = None) -> Page:
@@ -135,8 +146,6 @@ def routes(service: Service) -> APIRouter:
     async def secret(request: Request) -> dict[str, str]:
         """What the caller's webhooks are signed with."""
         return {"key": webhooks.secret_of(service.secret, caller_of(request).owner)}
-
-    return router
 
 
 async def _create(
