@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: demo test install soak lint bench
+.PHONY: demo test long install soak lint bench
 
 demo: install
 	$(BIN)/raysd demo
@@ -25,8 +25,11 @@ lint: install
 # A thread a process: more would wait for each other on few cores. Unit tests use all cores; those that start Ray, servers and
 # browsers run one after the other.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not soak and not gpu' -n logical --dist loadfile tests/unit
-	OMP_NUM_THREADS=1 $(BIN)/pytest --durations 25 -m 'not soak and not gpu' tests/integration
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'not long and not soak and not gpu' -n logical --dist loadfile tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations 25 -m 'not long and not soak and not gpu' tests/integration
+
+long: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest --durations 25 -m 'long and not soak and not gpu'
 
 soak: install
 	RAYSD_SOAK_RESULTS=benchmarks/results/soaks $(BIN)/pytest -m 'soak or measured' --timeout 7200

@@ -52,6 +52,14 @@ class IntegrityError(RaysdError):
     """Bytes that are not what their digest says."""
 
 
+class ExportRefused(RaysdError):
+    """An export does not draw the model's pictures, and is not kept."""
+
+
+class ExportMissing(RaysdError):
+    """An export that something waits for is not made yet."""
+
+
 class LeaseHeld(RequestError):
     """Another process holds the run."""
 

@@ -88,6 +88,11 @@ class ModelSpec(Spec):
         return self
 
     @property
+    def export_precision(self) -> str:
+        """That of the exports which ONNX Runtime draws with."""
+        return self.precision or ("fp16" if self.gpus else "fp32")
+
+    @property
     def served_name(self) -> str:
         return self.name or self.ref.rstrip("/").rpartition("/")[2].partition("@")[0].partition(":")[0]
 

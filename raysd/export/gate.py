@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from raysd.errors import RaysdError
+from raysd.errors import ExportRefused
 from raysd.evaluate.features import matcher
 from raysd.evaluate.prompts import BUNDLED, read_prompts
 from raysd.evaluate.scores import clip_scores
@@ -57,12 +57,12 @@ BOUNDS = {"fp32": Bounds(1e-3, 40, 0.1), "fp16": Bounds(1e-2, 30, 0.5), "int8": 
 
 
 def pass_gate(located: Located, networks: Networks, runtime: Runtime, precision: str) -> Figures:
-    """Measure an export and refuse what is too far: RaysdError with the figures."""
+    """Measure an export and refuse what is too far: ExportRefused with the figures."""
     figures = measure(located, networks, runtime)
     bounds = BOUNDS[precision]
     failed = [text for text, met in _judged(figures, bounds) if not met]
     if failed:
-        raise RaysdError(
+        raise ExportRefused(
             f"{located.ref}: the {precision} export is not kept: its pictures would not be the model's: "
             f"{'; '.join(failed)}\nuse --precision fp32, or draw with PyTorch"
         )

@@ -2,6 +2,7 @@
 
 exports/<digest>/<precision>/manifest.json             written last, create-only: what it is, its files, what the gate found
 exports/<digest>/<precision>/<sha256>/denoiser.onnx …  so that two that make the same export cannot mix their files
+exports/<digest>/<precision>/refused.json              why there is none, where the gate refused it
 
 <digest> is the version's, or the identity of a model that is not registered. A whole model's denoiser takes adapters as
 inputs, so the LoRA versions of a base share its export.
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from raysd import __version__
-from raysd.errors import AlreadyExists, IntegrityError, NotFound, RequestError
+from raysd.errors import AlreadyExists, ExportRefused, IntegrityError, NotFound, RequestError
 from raysd.export.precision import PRECISIONS
 from raysd.references import Located, identity, locate
 from raysd.registry.files import cache_folder, ensure, is_same
 from raysd.registry.records import File, timestamp
 from raysd.storage import Storage, digest, sha256_of
 
-ROOT, MANIFEST = "exports", "manifest.json"
+ROOT, MANIFEST, REFUSED = "exports", "manifest.json", "refused.json"
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 Watch = Callable[[dict[str, Any]], None]
 """Told what happens: {"kind": "phase" | "count", …}, as `raysd.train.launch`'s."""
@@ -42,7 +43,7 @@ class Export:
 def export_onnx(ref: str, storage: Storage, folder: Path | None, precision: str, watch: Watch) -> str:
     """Export a model into a folder, a LoRA merged in; or keep what serving draws it with: its base's. Returns where it lies.
 
-    Raises RequestError for a folder in use, RaysdError where the gate refuses.
+    What the gate refused before is tried again. Raises RequestError for a folder in use, ExportRefused.
     """
     located = locate(ref, storage)
     if folder is not None:
@@ -51,8 +52,8 @@ def export_onnx(ref: str, storage: Storage, folder: Path | None, precision: str,
         write(located, precision, folder, watch)
         return str(folder)
     base = base_of(located, storage)
-    make(storage, base, precision, watch)
-    return f"{storage.url}/{_place(base, precision)}"
+    make(storage, base, precision, watch, again=True)
+    return f"{storage.url}/{place_of(digest_of(base), precision)}"
 
 
 def base_of(located: Located, storage: Storage) -> Located:
@@ -70,7 +71,7 @@ def digest_of(located: Located) -> str:
 
 def kept(storage: Storage, located: Located, precision: str) -> Export | None:
     """The export of a model, on this machine; None if there is none. Raises IntegrityError naming a damaged file."""
-    place = _place(located, precision)
+    place = place_of(digest_of(located), precision)
     try:
         data = storage.read(f"{place}/{MANIFEST}")
     except NotFound:
@@ -84,17 +85,38 @@ def kept(storage: Storage, located: Located, precision: str) -> Export | None:
     return Export(folder, manifest)
 
 
-def make(storage: Storage, located: Located, precision: str, watch: Watch) -> Export:
+def is_kept(storage: Storage, source: str, precision: str) -> bool:
+    """Whether there is an export of the model with that digest."""
+    return storage.exists(f"{place_of(source, precision)}/{MANIFEST}")
+
+
+def refusal(storage: Storage, source: str, precision: str) -> str | None:
+    """What the gate of this version of raysd said of the export of the model with that digest, if it refused it."""
+    try:
+        found = json.loads(storage.read(f"{place_of(source, precision)}/{REFUSED}"))
+        return str(found["reason"]) if found["raysd"] == __version__ else None
+    except (NotFound, ValueError, KeyError, TypeError):  # one that is no longer readable is made again
+        return None
+
+
+def make(storage: Storage, located: Located, precision: str, watch: Watch, again: bool = False) -> Export:
     """The export of a model; where there is none it is made, goes through the gate and is kept.
 
-    Raises RaysdError with the figures where the gate refuses it, IntegrityError for a damaged one.
+    Raises ExportRefused with the figures where the gate refuses it, or has and not `again`; IntegrityError for a
+    damaged one.
     """
     if found := kept(storage, located, precision):
         return found
+    place = place_of(digest_of(located), precision)
+    if not again and (reason := refusal(storage, digest_of(located), precision)):
+        raise ExportRefused(reason)
     with tempfile.TemporaryDirectory(prefix="raysd-export-") as scratch:
-        made = write(located, precision, Path(scratch), watch)
+        try:
+            made = write(located, precision, Path(scratch), watch)
+        except ExportRefused as error:
+            storage.write(f"{place}/{REFUSED}", json.dumps({"reason": str(error), "raysd": __version__}).encode())
+            raise
         watch({"kind": "phase", "text": "keeping the export"})
-        place = _place(located, precision)
         for file in _files(made.manifest):
             storage.upload(made.folder / file.path, f"{place}/{file.sha256}/{file.path}")
         try:
@@ -102,6 +124,7 @@ def make(storage: Storage, located: Located, precision: str, watch: Watch) -> Ex
         except AlreadyExists:  # another was faster: its files are the ones that are kept
             for file in _files(made.manifest):
                 _delete_unless_kept(storage, place, file)
+        storage.delete(f"{place}/{REFUSED}")
     found = kept(storage, located, precision)
     assert found is not None
     return found
@@ -110,7 +133,7 @@ def make(storage: Storage, located: Located, precision: str, watch: Watch) -> Ex
 def write(located: Located, precision: str, folder: Path, watch: Watch) -> Export:
     """Export a model into an empty or absent folder, which is removed where that fails or the gate refuses.
 
-    Raises RaysdError with the gate's figures.
+    Raises ExportRefused with the gate's figures.
     """
     from raysd.export.gate import pass_gate
     from raysd.export.networks import Networks
@@ -167,10 +190,11 @@ def opened(folder: Path) -> Export:
     return Export(folder, manifest)
 
 
-def _place(located: Located, precision: str) -> str:
+def place_of(source: str, precision: str) -> str:
+    """The folder below the storage's root of the export of the model with that digest."""
     if precision not in PRECISIONS:
         raise RequestError(f"precision {precision}: one of {', '.join(PRECISIONS)}")
-    return f"{ROOT}/{digest_of(located)}/{precision}"
+    return f"{ROOT}/{source}/{precision}"
 
 
 def _unpack(data: bytes, what: str, remedy: str, source: str | None) -> dict[str, Any]:

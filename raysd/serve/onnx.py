@@ -27,8 +27,9 @@ class OnnxBackend(Runtime):
         """The whole model at or below `located`; its export is made if there is none, which takes a minute or more.
 
         Without `stored` the exports in the store are left alone, for nobody signs them: this machine makes and keeps its
-        own. A LoRA version is put on it with `add_adapter`. Raises IntegrityError, and RaysdError where the gate refuses.
+        own. A LoRA version is put on it with `add_adapter`. Raises IntegrityError, and ExportRefused.
         """
         base = base_of(located, storage)
-        export = make(storage if stored else Storage(str(cache_folder() / "made-here")), base, precision, watch)
+        place = storage if stored else Storage(str(cache_folder() / "made-here"))
+        export = make(place, base, precision, watch, again=not stored)
         return cls(export.folder, base.family, base.family.geometry(base.folder), threads=threads)

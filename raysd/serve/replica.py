@@ -4,14 +4,16 @@ import asyncio
 import logging
 import os
 import platform
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from raysd.config.serving import ModelSpec
-from raysd.errors import RaysdError
 from raysd.serve.metrics import Metrics
 
 if TYPE_CHECKING:
+    from raysd.export.kept import Watch
     from raysd.references import Located
     from raysd.serve.predictor import Predictor
     from raysd.serve.routes import Target
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 STUCK = 300.0
 """Seconds without a denoising step, with work at hand, after which a replica is taken for stuck and replaced."""
+
+RETRY = 30.0
+"""Seconds after which an export that could not be made is tried again."""
 
 NOT_FINITE = 5
 """Pictures in a row that held NaN, and none that did not, after which a replica is taken for broken and replaced."""
@@ -76,10 +81,11 @@ class Replica:
         self._worker = Worker(
             name, model, queue, store, self._pool, self._scheduler, self._metrics, spec.admitted, finish
         )
+        self._store, self._exporting = store, threading.Lock()
         self._routes = Routes(store, [spec], signers)
         for target in self._routes.targets():
             self._load(target)
-        self._routes.on_change = self._load
+        self._routes.on_change, self._routes.on_unexported = self._load, self._export
         self._routes.on_refused = lambda target: self._metrics.loaded(model, target.ref, "failed")
         self._pool.watch()
         self._worker.start()
@@ -138,9 +144,28 @@ class Replica:
             with self._pool.use(target.ref, target.digest) as ready:
                 if ready.adapter is None:
                     in_passing(lambda: warm(ready.predictor, self.spec.rows))
-        except (RaysdError, FloatingPointError) as error:
+        except Exception as error:  # whatever it is: others are loaded
             log.error("%s cannot be loaded: %s", target.ref, error)
             self._metrics.loaded(self.spec.served_name, target.ref, "failed")
+
+    def _export(self, target: "Target") -> None:
+        """Make the export that a version waits for, beside the drawing, one at a time; what fails is tried again later."""
+        if self._exporting.acquire(blocking=False):
+            threading.Thread(target=self._make_export, args=(target,), name="export", daemon=True).start()
+
+    def _make_export(self, target: "Target") -> None:
+        from raysd.export.kept import base_of, make
+        from raysd.references import locate
+
+        try:
+            base = base_of(locate(target.ref, self._store), self._store)
+            make(self._store, base, self.spec.export_precision, _say(base))
+        except Exception as error:  # whatever it is: the version is not switched to
+            log.error("%s: its export cannot be made: %s", target.ref, error)
+            self._metrics.loaded(self.spec.served_name, target.ref, "failed")
+            time.sleep(RETRY)
+        finally:
+            self._exporting.release()
 
 
 def warm(predictor: "Predictor", rows: int) -> None:
@@ -175,9 +200,14 @@ def _torch(spec: ModelSpec, located: "Located") -> "Backend":
 def _onnx(spec: ModelSpec, located: "Located", storage: "Storage", signed: bool) -> "Backend":
     from raysd.serve.onnx import OnnxBackend
 
+    return OnnxBackend.open(storage, located, spec.export_precision, stored=not signed, watch=_say(located))
+
+
+def _say(located: "Located") -> "Watch":
+    """Of what takes a minute the log has a line."""
+
     def say(event: dict[str, Any]) -> None:
         if event["kind"] == "phase":
             log.warning("%s: %s", located.ref, event["text"])
 
-    precision = spec.precision or ("fp16" if spec.gpus else "fp32")
-    return OnnxBackend.open(storage, located, precision, stored=not signed, watch=say)
+    return say

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from raysd.config.serving import ModelSpec
-from raysd.errors import IntegrityError, NotFound, RaysdError, RequestError, StorageError
+from raysd.errors import (
+    ExportMissing,
+    ExportRefused,
+    IntegrityError,
+    NotFound,
+    RaysdError,
+    RequestError,
+    StorageError,
+)
+from raysd.export.kept import is_kept, refusal
 from raysd.references import identity, identity_of, locate
 from raysd.registry import Registry, Version, signing, traffic
 from raysd.registry.records import File, blob_path, parse
@@ -43,7 +52,7 @@ class Route:
     split: traffic.Traffic
     versions: Mapping[int, Target]
     bases: frozenset[str] = frozenset()
-    refused: Mapping[Target, str] = field(default_factory=dict)
+    refused: Mapping[Target, RaysdError] = field(default_factory=dict)
 
 
 class Routes:
@@ -51,6 +60,7 @@ class Routes:
 
     A version that no replica could load is not switched to, as far as the store tells without a look at the weights:
     one with a file missing or cut off, one larger than `memory`, and with `signers` (public keys) one that none signed.
+    With ONNX Runtime nor is one whose export was refused, or is not made yet where a replica is there to make it.
     """
 
     def __init__(self, storage: Storage, models: Sequence[ModelSpec], signers: Sequence[str] = ()):
@@ -61,6 +71,8 @@ class Routes:
         """Told of each version that comes into use, from the thread that looks."""
         self.on_refused: Callable[[Target], None] = lambda target: None
         """Told of each that should and cannot."""
+        self.on_unexported: Callable[[Target], None] = lambda target: None
+        """Told of each that waits for its export, at each look until it is there. May not take long."""
         self._sound: set[tuple[str, str]] = set()  # by served name, digests of versions that were checked
         self._routes: dict[str, Route] = {}
         self._routes = {name: self._look(model) for name, model in self._models.items()}
@@ -159,13 +171,19 @@ class Routes:
 
     def _report(self, route: Route, last: Route | None) -> None:
         """Say what is wrong with a route and was not wrong with the last one."""
+        name, before = route.spec.served_name, last.refused if last is not None else {}
         for target, reason in route.refused.items():
-            if last is None or target not in last.refused:
-                log.error("%s: cannot be drawn with: %s", route.spec.served_name, reason)
+            missing, new = isinstance(reason, ExportMissing), str(before.get(target)) != str(reason)
+            if missing:
+                self.on_unexported(target)
+            if missing and new:
+                log.warning("%s: is not switched yet: %s", name, reason)
+            elif new:
+                log.error("%s: cannot be drawn with: %s", name, reason)
                 self.on_refused(target)
         needed, most = len(route.bases), route.spec.bases
         if needed > most and (last is None or route.bases != last.bases):
-            log.warning("%s: its versions need `bases: %d`, and it is %d", route.spec.served_name, needed, most)
+            log.warning("%s: its versions need `bases: %d`, and it is %d", name, needed, most)
 
     def _withdrawal(self, name: str) -> str | None:
         """What the registry says of it if a model's version was withdrawn; a store that is away or empty says nothing."""
@@ -183,7 +201,7 @@ class Routes:
         fixed = self._outside(model.ref)
         if fixed is not None:
             return Route(model, fixed[0], 0.0, fixed[1], traffic.Traffic(), {})
-        refused: dict[Target, str] = {}
+        refused: dict[Target, RaysdError] = {}
         version = self._deployed(model, refused)
         split = traffic.read(self.storage, version.model)
         versions, bases = {}, {self._base(version)}
@@ -195,21 +213,25 @@ class Routes:
             except RaysdError as error:  # withdrawn since: its share goes to the deployed version
                 log.warning("traffic of %s: %s", version.model, error)
                 continue
-            if self._is_sound(other, model, refused):  # else its share goes there too
+            if self._is_sound(other, model, refused) and self._is_exported(other, model, refused):
+                # Else its share goes there too.
                 versions[number] = _target(other)
                 bases.add(self._base(other))
         created = datetime.fromisoformat(version.created).timestamp()
         base = self._base(version)
         return Route(model, _target(version), created, base, split, versions, frozenset(bases), refused)
 
-    def _deployed(self, model: ModelSpec, refused: dict[Target, str]) -> Version:
+    def _deployed(self, model: ModelSpec, refused: dict[Target, RaysdError]) -> Version:
         """What the reference means; as long as that cannot be loaded, what it meant before, if anything."""
         version, last = self.registry.resolve(model.ref), self._routes.get(model.served_name)
-        if last is None or self._is_sound(version, model, refused):
+        if last is None:
+            return version
+        drawn = _target(version) == last.deployed  # already: its replicas made its export, or say why not
+        if self._is_sound(version, model, refused) and (drawn or self._is_exported(version, model, refused)):
             return version
         return self.registry.resolve(last.deployed.ref)
 
-    def _is_sound(self, version: Version, model: ModelSpec, refused: dict[Target, str]) -> bool:
+    def _is_sound(self, version: Version, model: ModelSpec, refused: dict[Target, RaysdError]) -> bool:
         """Whether a replica could load it; if not, it is put among the refused. Raises StorageError."""
         try:
             if (model.served_name, version.digest) not in self._sound:
@@ -217,7 +239,7 @@ class Routes:
         except StorageError:
             raise
         except RaysdError as error:
-            refused[_target(version)] = str(error)
+            refused[_target(version)] = error
             return False
         self._sound.add((model.served_name, version.digest))
         return True
@@ -232,6 +254,28 @@ class Routes:
         if model.memory is not None and size > model.memory:
             has = f"{size:.3g} GiB of weights, and a replica here has memory for {model.memory:.3g}"
             raise RequestError(f"{version.ref}: {has}; raise `memory` of the served model")
+
+    def _is_exported(self, version: Version, model: ModelSpec, refused: dict[Target, RaysdError]) -> bool:
+        """Whether ONNX Runtime has what it draws with; if not, the version is put among the refused. Raises StorageError."""
+        if model.backend != "onnx" or self._signers:  # with signers each machine makes its own
+            return True
+        source, precision = self._exported(version), model.export_precision
+        if is_kept(self.storage, source, precision):
+            return True
+        if reason := refusal(self.storage, source, precision):
+            refused[_target(version)] = ExportRefused(reason)
+        elif model.replicas.least > 0:
+            refused[_target(version)] = ExportMissing(f"{version.ref}: its {precision} export is not made yet")
+        return _target(version) not in refused
+
+    def _exported(self, version: Version) -> str:
+        """The digest that its export is kept by: its own, or that of the whole model below a LoRA version."""
+        if not _is_lora(version):
+            return version.digest
+        try:
+            return self.registry.resolve(str(version.record["base"])).digest
+        except RequestError:  # a base that is a folder, or in no registry
+            return str(version.record["base_digest"])
 
     def _size(self, file: File) -> int | None:
         try:

@@ -5,10 +5,12 @@ and DeepSpeed (`deepspeed_engine.py`) for the rest. Weights and optimiser state 
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -92,6 +94,13 @@ def build_engine(module: nn.Module, spec: TrainingSpec, *, device: torch.device,
     from raysd.train.deepspeed_engine import DeepSpeedEngine
 
     return DeepSpeedEngine(module, spec, device=device, rank=rank, world=world)
+
+
+def leave() -> None:
+    """End the process group that an engine of a single worker made, so that this process can make another one."""
+    if dist.is_initialized():
+        deepspeed = sys.modules.get("deepspeed")  # which keeps groups of its own
+        (deepspeed.comm if deepspeed else dist).destroy_process_group()
 
 
 class Autocast(nn.Module):

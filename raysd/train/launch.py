@@ -61,11 +61,14 @@ def train(
     watch: Watch,
     plan: Plan | None = None,
     asked: Callable[[], bool] = never,
+    here: bool = False,
 ) -> Outcome:
     """Train `spec` as run `name`, going on from its last checkpoint if it was interrupted; a finished run is published.
 
     `plan` is that of another run on the same data, which need not be checked again. From the moment that `asked` is
-    true the run writes a checkpoint and ends.
+    true the run writes a checkpoint and ends. With `here` this process is the one worker (Ray Train's local mode), is not
+    started again by the run, and ends where a worker would: for a caller that has a worker's resources, trains many
+    runs whose caches are filled, and is an actor itself.
 
     Raises RequestError for a wrong request before anything is written, LeaseHeld if the run is held elsewhere,
     LeaseLost, OutOfMemory or TrainingFailed if it ends early.
@@ -78,7 +81,7 @@ def train(
     located = locate(base_of(spec, known), root)
     new_plan = None if existing else plan or plan_for(spec, root, located, watch)
     root.require_swap()
-    launch = Launch(spec, name, root, run, located, watch, asked)
+    launch = Launch(spec, name, root, run, located, watch, asked, here)
     with launch.lease():
         held = _existing(root, name, spec)
         if (held and held.id) != (existing and existing.id):
@@ -116,9 +119,10 @@ class Launch:
         located: Located,
         watch: Watch,
         asked: Callable[[], bool],
+        here: bool = False,
     ):
         self.spec, self.name, self.root, self.run, self.located, self.watch = spec, name, root, run, located, watch
-        self.asked = asked
+        self.asked, self.here = asked, here
         # Workers run in folders of their own, and an alias may move: they are told what the base is, not how it was named.
         self.pinned = spec.model_copy(update={"base": located.ref})
         self.lost: str | None = None
@@ -192,11 +196,21 @@ class Launch:
 
     def _job(self, total: int) -> Job:
         notices = os.environ.get(PREEMPTION_WATCHER) != "0"
-        return Job(self.root.url, self.name, self.held.token, self.held.nonce, total, self.pinned, self.link, notices)
+        return Job(
+            self.root.url,
+            self.name,
+            self.held.token,
+            self.held.nonce,
+            total,
+            self.pinned,
+            self.link,
+            notices,
+            self.here,
+        )
 
     def _fit(self, job: Job) -> BaseException | None:
         """Run the Ray Train controller in a thread, so that this one hears signals. Returns what it raised."""
-        trainer = _trainer(job, self.run, f"{self.name}-{job.token}")
+        trainer = _trainer(job, self.run, f"{self.name}-{job.token}", self.here)
         raised: list[BaseException] = []
 
         def fit() -> None:
@@ -369,7 +383,7 @@ def _refuse_unfit(spec: TrainingSpec, located: Located) -> None:
         build(located.folder, spec)
 
 
-def _trainer(job: Job, run: Storage, name: str) -> Any:
+def _trainer(job: Job, run: Storage, name: str, here: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -381,7 +395,7 @@ def _trainer(job: Job, run: Storage, name: str) -> Any:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="nccl" if each.gpus else "gloo", timeout_s=600),
         scaling_config=ScalingConfig(
-            num_workers=scale.workers,
+            num_workers=0 if here else scale.workers,
             use_gpu=each.gpus > 0,
             accelerator_type=scale.accelerator,
             placement_strategy=scale.placement.upper(),

@@ -24,14 +24,20 @@ def memory_advice(spec: TrainingSpec, error: BaseException) -> str:
 
 def killed_for_memory(problem: BaseException) -> str | None:
     """What Ray Train's error says of a worker that the kernel or Ray's memory monitor killed; None for other ends."""
-    from ray.exceptions import OutOfMemoryError
-
     for rank, failure in sorted(getattr(problem, "worker_failures", {}).items()):
         cause = getattr(failure, "health_check_failure", failure)
-        if isinstance(cause, OutOfMemoryError):
-            return f"rank {rank} was killed, as its node ran out of memory"
-        if "SIGKILL" in str(cause):  # Ray names the kernel's killer as one of the causes: it cannot see which it was
-            return f"rank {rank} was killed (SIGKILL), perhaps by the kernel, as its node ran out of memory"
+        how = how_killed(f"{type(cause).__name__}: {cause}")
+        if how is not None:
+            return f"rank {rank} {how}"
+    return None
+
+
+def how_killed(error: str) -> str | None:
+    """Of the text of Ray's error about a process that ended: how, where it says that memory ran out."""
+    if "OutOfMemoryError:" in error:
+        return "was killed, as its node ran out of memory"
+    if "SIGKILL" in error:  # Ray names the kernel's killer as one of the causes: it cannot see which it was
+        return "was killed (SIGKILL), perhaps by the kernel, as its node ran out of memory"
     return None
 
 

@@ -20,6 +20,8 @@ class Usage:
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._device, self._began = device, time.monotonic()
         self._before = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         if device.type == "cpu":
             model = sum(p.numel() * p.element_size() for p in (*module.parameters(), *module.buffers()))
             _forget_peak()

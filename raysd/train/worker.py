@@ -27,7 +27,7 @@ from raysd.train import checkpoint, validate
 from raysd.train.batches import Batches, Source
 from raysd.train.checkpoint import Checkpoint, Progress
 from raysd.train.ema import Ema
-from raysd.train.engine import Engine, build_engine
+from raysd.train.engine import Engine, build_engine, leave
 from raysd.train.hang import HangWatch
 from raysd.train.link import Reporter
 from raysd.train.loop import ADVICE, StepRecord, Votes, training_steps
@@ -53,6 +53,7 @@ class Job:
     spec: TrainingSpec
     link: Any
     notices: bool  # whether nodes may be taken away with notice
+    here: bool = False  # whether this process is the driver too, and trains other runs after this one
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -72,6 +73,9 @@ def train_worker(config: dict[str, Any]) -> None:
         shortage = OutOfMemory(memory_advice(job.spec, error))
         ray.get(job.link.fail.remote(shortage))
         raise shortage from error
+    finally:
+        if job.here:
+            leave()
 
 
 class Worker:
@@ -148,6 +152,7 @@ class Worker:
         if self.spec.scale.channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.spec.scale.compile:
+            torch.compiler.reset()  # it counts over all models of a process, and then stops compiling
             module.denoiser.compile()
         engine = build_engine(module, self.spec, device=self.device, rank=self.rank, world=self.world)
         ema = Ema(engine, self.spec.optim.ema) if self.spec.optim.ema else None
@@ -269,12 +274,20 @@ class Worker:
 
     def _notice(self) -> bool:
         """Whether a node of this run is about to be taken away and was not before. COLLECTIVE."""
-        info = ray.train.get_preemption_info()
-        new = set(info.preempted_node_ids) - self.leaving if info is not None else set()
+        new = self._preempted() - self.leaving
         if new:
             self.leaving |= new
             self._report("notice", text=f"{len(new)} node(s) are about to be taken away: a checkpoint is written")
         return bool(new)
+
+    def _preempted(self) -> set[str]:
+        """Ids of nodes that are about to be taken away; all ranks are told the same."""
+        if self.job.here:  # Ray Train looks for them in its controller, which local mode does without
+            from ray._private.state import state
+
+            return {ray.get_runtime_context().get_node_id()} & state.get_draining_nodes().keys()
+        info = ray.train.get_preemption_info()
+        return set(info.preempted_node_ids) if info is not None else set()
 
     def _hung(self, stacks: str) -> None:
         text = f"rank {self.rank} made no step for {self.spec.scale.hang_minutes:g} minutes"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -17,6 +18,7 @@ from raysd.config import SearchSpec
 from raysd.config.search import BudgetSpec
 from raysd.storage import Storage
 from raysd.train.launch import Watch
+from raysd.train.memory import how_killed
 from raysd.tune import records
 from raysd.tune.records import cost_of
 from raysd.tune.space import key_of, short
@@ -97,10 +99,20 @@ class Progress(Unsaved, Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.done += 1
+        how = how_killed(_error_of(trial))
+        reason = f"{DIED}: the last one {how}" if how else DIED
         record = records.read_trial(self.store, key_of(trial.config))
         if record is not None and record.status not in records.WHOLE:
-            records.write_trial(self.store, replace(record, status="failed", reason=DIED))
-        self.watch({"kind": "trial", "text": f"trial {self.done}/{self.spec.trials}: {DIED}"})
+            records.write_trial(self.store, replace(record, status="failed", reason=reason))
+        self.watch({"kind": "trial", "text": f"trial {self.done}/{self.spec.trials}: {reason}"})
+
+
+def _error_of(trial: Any) -> str:
+    """The text that Ray Tune keeps of a trial's last error."""
+    try:
+        return Path(trial.error_file).read_text()
+    except (OSError, TypeError):
+        return ""
 
 
 @contextmanager

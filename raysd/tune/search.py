@@ -29,7 +29,7 @@ from raysd.tune.scoring import prompts_of, reference
 from raysd.tune.space import check_choices, check_space, corners, grid_points, optuna_space, ray_space
 
 DRIVER_MEMORY = 400 * 2**20
-"""Of a trial's own process, bytes: it asks for no CPU, so that its workers can have them all."""
+"""Of a trial's own process, bytes, where it has workers: it asks for no CPU, so that they can have them all."""
 INTERRUPTED = "interrupted"
 ACTOR_FAILURES = 3
 """How often a trial whose process died is started again; its run goes on from its checkpoint."""
@@ -216,12 +216,14 @@ class Driver:
         from raysd.tune.trial import Job, SearchTrial
 
         training = override(self.training, {"scale.cpus": self.room.cpus})
+        here = self._one_worker()
         job = Job(
             root=self.root.url,
             search=self.record.name,
             spec=self.spec,
             training=training,
             shared_plan=self._shared_plan(),
+            here=here,
             pictures=len(self.plan.train),
             gpus=self.room.gpus,
             grows_to=os.environ.get(cluster.GROWS_TO, ""),
@@ -234,7 +236,7 @@ class Driver:
             tuner = tune.Tuner(
                 tune.with_resources(
                     tune.with_parameters(SearchTrial, job=job),
-                    tune.PlacementGroupFactory([{"CPU": 0, "memory": DRIVER_MEMORY}]),
+                    tune.PlacementGroupFactory([self._bundle(here)]),
                 ),
                 param_space=None if self.spec.searcher.kind == "optuna" else ray_space(self.spec),
                 tune_config=self._tune_config(),
@@ -249,6 +251,23 @@ class Driver:
             )
             tuner.fit()
         return budget.spent or ("trials" if progress.done >= self.spec.trials else INTERRUPTED)
+
+    def _one_worker(self) -> bool:
+        """Whether trials can be their own workers: one each, with the same resources, and with nothing to encode.
+
+        Encoding asks the cluster for more than the trial has, and would wait for trials that wait for it.
+        """
+        alone = all(scale.most_workers == 1 for scale in scales(self.spec, self.training))
+        same = not self.spec.space.keys() & {"scale.cpus", "scale.gpus", "scale.accelerator"}
+        return alone and same and self._shared_plan()
+
+    def _bundle(self, here: bool) -> dict[str, float]:
+        """What a trial's own process gets: a worker's share where it is the worker."""
+        if not here:
+            return {"CPU": 0, "memory": DRIVER_MEMORY}
+        kind = self.training.scale.accelerator
+        named = {f"accelerator_type:{kind}": 0.001} if kind else {}
+        return {"CPU": self.room.cpus, "GPU": self.room.gpus, **named}
 
     def _tune_config(self) -> Any:
         from ray import tune

@@ -1,5 +1,6 @@
 """One trial: a whole run of `raysd.train`, seen by Ray Tune as a sequence of validations."""
 
+import gc
 import math
 import os
 import queue
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 
 from raysd import cluster
@@ -19,6 +21,7 @@ from raysd.evaluate.prompts import Prompt
 from raysd.lease import holder
 from raysd.storage import Storage
 from raysd.train import runs
+from raysd.train.hang import EXIT
 from raysd.train.launch import Outcome, train
 from raysd.train.plan import Plan
 from raysd.tune import records
@@ -43,6 +46,7 @@ class Job:
     spec: SearchSpec
     training: TrainingSpec
     shared_plan: bool  # whether all trials train on the same pictures and latents
+    here: bool  # whether a trial's own process is its one worker
     pictures: int
     gpus: int  # of one worker
     grows_to: str  # RAYSD_CLUSTER_RESOURCES of the driver, or ""
@@ -61,6 +65,9 @@ def settings(job: Job, values: dict[str, Any]) -> TrainingSpec:
 class SearchTrial(tune.Trainable):
     """Trains in a thread; each `step` waits for the next validation.
 
+    Trials of one worker train in this very process, which goes from trial to trial: what a worker imports takes it longer
+    than many a trial's steps. Those of several workers have a worker group each.
+
     A trial that was tried before (its record is whole) repeats its reports without training. One that was interrupted
     repeats what it had reported and goes on from its run's last checkpoint. One whose settings another one is training
     at this moment waits for it and repeats its reports.
@@ -70,15 +77,24 @@ class SearchTrial(tune.Trainable):
         assert job is not None
         self.job = job
         os.environ[GROWS_TO] = job.grows_to  # this process's environment is that of its node
+        if job.here and not job.gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are some nevertheless, they are others'
+        self.threads = torch.get_num_threads()
+        self.spent = False
+        self.next: dict[str, Any] | None = None  # the values of the trial that this process goes on to
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Ray Tune gives this process another trial: what was imported stays."""
-        self.cleanup()
-        self._begin(new_config)
+        """Ray Tune gives this process another trial: what was imported stays.
+
+        It begins with its first step: where a process dies before that, Ray Tune does not start the trial again.
+        """
+        self.next = new_config
         return True
 
     def step(self) -> dict[str, Any]:
+        if self.next is not None:
+            self._change(self.next)
         while True:
             if self.past:
                 report = self.past.pop(0)
@@ -102,6 +118,15 @@ class SearchTrial(tune.Trainable):
             self.thread.join(STOP_SECONDS)
         if self.record.status == "running":
             self._write(status="interrupted")
+
+    def _change(self, values: dict[str, Any]) -> None:
+        """To another trial. A process that cannot be trusted with one ends, and Ray Tune gives the trial a new one."""
+        self.cleanup()
+        busy = self.thread is not None and self.thread.is_alive()
+        if self.job.here and (busy or self.spent):
+            os._exit(EXIT)
+        self.next = None
+        self._begin(values)
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing: the run keeps its own."""
@@ -135,6 +160,8 @@ class SearchTrial(tune.Trainable):
         self.thread.start()
 
     def _train(self) -> None:
+        gc.collect()  # models are in circles, and the last trial's may be here
+        torch.set_num_threads(self.threads)  # of the threads that begin after this: those that read ahead have one each
         plan = Plan.load(self.store.child(records.PLAN)) if self.job.shared_plan else None
         try:
             outcome = self._train_alone(plan)
@@ -150,7 +177,7 @@ class SearchTrial(tune.Trainable):
         """
         while True:
             try:
-                return train(self.spec, self.record.run, self.root, self._watch, plan, self.asked.is_set)
+                return train(self.spec, self.record.run, self.root, self._watch, plan, self.asked.is_set, self.job.here)
             except LeaseHeld:
                 self.twin = True
             record = self._others_end()
@@ -177,9 +204,12 @@ class SearchTrial(tune.Trainable):
         """Of the pictures that the trained weights draw, where the objective asks for them."""
         if not wanted(self.job.spec):
             return {}
+        arguments = (self.job.spec, self.spec, self.job.root, self.record.run, self.job.prompts, self.job.real)
+        if self.job.here:
+            torch.set_num_threads(self.threads)
+            return score_run(*arguments)
         workers = {"num_cpus": self.spec.scale.cpus or 1, "num_gpus": min(1, self.record.gpus)}
         task = ray.remote(**workers, scheduling_strategy="DEFAULT")(score_run)  # not in this process's group of no CPU
-        arguments = (self.job.spec, self.spec, self.job.root, self.record.run, self.job.prompts, self.job.real)
         found: dict[str, float] = cluster.result(task.remote(*arguments), "scoring")
         return found
 
@@ -210,6 +240,7 @@ class SearchTrial(tune.Trainable):
         elif how == "interrupted":
             self._write(status="interrupted")
         else:
+            self.spent = True  # its memory, or a device's, may not be what it was
             self._write(status="failed", reason=str(how) or type(how).__name__)
         return self._result(self.record.reports[-1] if self.record.reports else {"epoch": 0.0}, over=True)
 

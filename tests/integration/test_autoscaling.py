@@ -28,6 +28,7 @@ def nodes(address):
     return int(found[0])
 
 
+@pytest.mark.long
 @pytest.mark.measured
 def test_waiting_trials_bring_nodes_up_and_their_end_lets_them_go(tiny_base, tiny_pictures, tmp_path, found):
     # Long enough that one trial does not end before the other one's node is up.

@@ -527,6 +527,25 @@ def test_state_of_another_model_is_refused():
         engine.load_optimizer_state({"conv.weight": {}}, 1)
 
 
+def test_a_process_trains_one_run_after_another():
+    """As a search's trials of one worker do."""
+    code = """
+import torch
+from raysd.train.engine import build_engine, leave
+from tests.integration.test_engine import CPU, net, spec
+seen = []
+for stage in (2, 3, 0, 1, 2):
+    engine = build_engine(net(), spec(stage), device=CPU, rank=0, world=1)
+    torch.manual_seed(1)
+    loss = engine(torch.ones(2, 3, 6, 6)).square().mean()
+    engine.backward(loss, last=True)
+    seen.append((round(float(loss), 5), round(engine.step(1e-2), 4)))
+    leave()
+assert len(set(seen)) == 1, seen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_one_worker_at_stage_0_needs_no_deepspeed():
     code = "import sys, raysd.train.engine, raysd.train.ema; assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

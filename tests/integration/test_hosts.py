@@ -21,7 +21,7 @@ from tests.base import toml
 from tests.cluster import start
 from tests.hosts import CPUS, Hosts, hosts
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.long]
 STEPS, EVERY = 60, 6
 SPEC = {
     "scale__workers": 2,

@@ -124,18 +124,36 @@ def test_12_saved_names_carry_no_module_prefix(finished):
     assert all(name.startswith("unet.") and "module." not in name and "default" not in name for name in names)
 
 
-def test_two_runs_are_compared(finished, ray_address):
-    store, path, _ = finished
-    words = ["train", str(path), "--name", "second", "--optim.lr", "1e-3", "--scale.workers", "1", "--json"]
-    json_of(raysd(*words, "--scale.zero-stage", "0", storage=store, address=ray_address))
-    rows = json_of(raysd("runs", "diff", "first", "second", "--json", storage=store))
+@pytest.fixture(scope="module")
+def second(finished, tiny_base, tiny_pictures, ray_address, tmp_path_factory):
+    """A run of one worker in the same store, with pictures and a profile."""
+    store, _, _ = finished
+    changes = {"validation__prompts": ["picture 1", "picture 2"], "track__profile": True, "optim__steps": 7}
+    changes |= {"scale__gradient_checkpointing": True, "method__alpha": 6.0, "optim__lr": 1e-3}
+    path = toml(tmp_path_factory.mktemp("second"), tiny_base, tiny_pictures, **changes)
+    json_of(raysd("train", str(path), "--name", "second", "--json", storage=store, address=ray_address))
+    return store
+
+
+def test_pictures_and_a_profile_are_kept_with_the_run(second):
+    from PIL import Image
+
+    folder = second / "runs/second"
+    names = {picture.name for picture in (folder / "samples").iterdir()}
+    assert names == {f"{step:08d}-{number:02d}.png" for step in (0, 7) for number in (0, 1)}
+    assert all(Image.open(path).size == (64, 64) for path in (folder / "samples").iterdir())
+    assert "traceEvents" in (folder / "profile.json").read_text()
+
+
+def test_two_runs_are_compared_and_one_is_deleted(second):
+    rows = json_of(raysd("runs", "diff", "first", "second", "--json", storage=second))
     changed = {row["path"]: (row["first"], row["second"]) for row in rows}
     assert changed["optim.lr"] == (0.05, 0.001)
     assert changed["scale.workers"] == (2, 1)
     assert not any(path.startswith("data.") for path in changed)
-    assert raysd("runs", "delete", "second", storage=store).returncode == 0
-    assert [row["name"] for row in json_of(raysd("runs", "list", "--json", storage=store))] == ["first"]
-    assert json_of(raysd("models", "show", "cats@2", "--json", storage=store))["ref"] == "cats@2"
+    assert raysd("runs", "delete", "second", storage=second).returncode == 0
+    assert [row["name"] for row in json_of(raysd("runs", "list", "--json", storage=second))] == ["first"]
+    assert json_of(raysd("models", "show", "cats@2", "--json", storage=second))["ref"] == "cats@2"
 
 
 def test_a_full_fine_tune_publishes_a_whole_folder_and_the_next_run_starts_from_it(
@@ -190,6 +208,7 @@ def assert_averages_were_published(folder, run):
         assert equal == len(unet) if average else equal < len(unet) / 2
 
 
+@pytest.mark.long
 def test_relative_paths_mean_what_they_meant_where_the_command_was_typed(
     tiny_base, tiny_pictures, ray_address, tmp_path, monkeypatch
 ):
@@ -209,6 +228,7 @@ def test_relative_paths_mean_what_they_meant_where_the_command_was_typed(
     assert (tmp_path / "x.png").read_bytes() == (tmp_path / "y.png").read_bytes()
 
 
+@pytest.mark.long
 def test_early_stopping_publishes_the_best_checkpoint_not_the_last(tiny_base, tiny_pictures, ray_address, tmp_path):
     """A learning rate that ruins the model from the first step on; workers as an elastic range."""
     store = tmp_path / "store"
@@ -226,6 +246,7 @@ def test_early_stopping_publishes_the_best_checkpoint_not_the_last(tiny_base, ti
     assert record["metrics"]["validation_loss"] == body["loss"]
 
 
+@pytest.mark.long
 def test_a_run_that_overfits_is_stopped_and_its_best_checkpoint_is_published(tiny_pictures, ray_address, tmp_path):
     """Every weight on five pictures: they are learnt by heart, and the held-out ones get worse."""
     store = tmp_path / "store"
@@ -251,19 +272,6 @@ def test_a_run_that_overfits_is_stopped_and_its_best_checkpoint_is_published(tin
         unet = {name.removeprefix("denoiser."): t for name, t in kept.items() if name.startswith("denoiser.")}
         assert unet.keys() == published.keys()
         assert all(torch.equal(unet[name], published[name]) for name in unet) == same
-
-
-def test_pictures_and_a_profile_are_kept_with_the_run(tiny_base, tiny_pictures, ray_address, tmp_path):
-    from PIL import Image
-
-    store = tmp_path / "store"
-    changes = {"validation__prompts": ["picture 1", "picture 2"], "track__profile": True, "optim__steps": 7}
-    path = toml(tmp_path, tiny_base, tiny_pictures, scale__gradient_checkpointing=True, **changes)
-    json_of(raysd("train", str(path), "--name", "run", "--json", storage=store, address=ray_address))
-    names = {picture.name for picture in (store / "runs/run/samples").iterdir()}
-    assert names == {f"{step:08d}-{number:02d}.png" for step in (0, 7) for number in (0, 1)}
-    assert all(Image.open(path).size == (64, 64) for path in (store / "runs/run/samples").iterdir())
-    assert "traceEvents" in (store / "runs/run/profile.json").read_text()
 
 
 def test_a_run_whose_storage_is_a_bucket(tiny_base, tiny_pictures, s3, tmp_path):

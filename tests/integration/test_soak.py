@@ -97,7 +97,7 @@ def test_20_000_pictures_on_s3_train_with_bounded_memory(tiny_base, s3, tmp_path
     grown = {"/tmp": 0, "XDG_CACHE_HOME": 0}
     while process.poll() is None:
         for worker in psutil.process_iter(["cmdline", "memory_info"]):
-            name = " ".join(worker.info["cmdline"] or [""])
+            name = " ".join(worker.info["cmdline"] or [""]).strip()
             if "RayTrainWorker" in name or "PictureEncoder" in name or worker.pid == process.pid:
                 kind = "driver" if worker.pid == process.pid else name.split("(")[0]
                 peaks[kind] = max(peaks.get(kind, 0), worker.info["memory_info"].rss)

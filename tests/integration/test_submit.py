@@ -154,6 +154,7 @@ def test_followed_to_a_registered_version_and_the_same_submission_is_the_same_jo
     assert jobs[first["id"]]["driver_node_id"] != head
 
 
+@pytest.mark.long
 def test_a_failing_command_gives_its_exit_status_and_may_be_submitted_again(place):
     words = ("submit", "--follow", "--", "runs", "show", "nothing")
     first = place.run(*words)
@@ -171,6 +172,7 @@ def test_a_failing_command_gives_its_exit_status_and_may_be_submitted_again(plac
     assert "is over: failed" in refused(place.run("jobs", "stop", ids[0]))
 
 
+@pytest.mark.long
 def test_the_commands_own_process_runs_where_it_was_asked_to(place):
     there = ["--entry-resource", "desk=1", "--entry-label", "room=attic"]
     assert place.run("submit", "--follow", *there, "--", "models", "list", "--json").returncode == 0
@@ -199,6 +201,7 @@ def test_this_folder_goes_along_without_its_secrets(place, tiny_pictures, tmp_pa
     assert all(not (folder.parent / name).exists() for folder in unpacked for name in (".env", "venv"))
 
 
+@pytest.mark.long
 def test_a_job_whose_own_process_is_killed_is_submitted_again_by_who_follows(place):
     follower = place.start("submit", "--follow", "--", "models", "list")
     killed = wait_for(lambda: _processes("raysd.jobs.driver", "models list"))[0]

@@ -118,6 +118,7 @@ def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
+@pytest.mark.long
 def test_a_hang_ends_the_attempt_with_stacks_and_the_run_goes_on(path, ray_address, undisturbed, tmp_path):
     """A frozen worker makes the other one wait in a collective; that one notices, and both are replaced."""
     words = ["train", str(path), "--name", "run", "--scale.hang-minutes", "0.4", "--json"]
@@ -137,7 +138,11 @@ def test_a_hang_ends_the_attempt_with_stacks_and_the_run_goes_on(path, ray_addre
 
 @pytest.mark.parametrize(
     "how",
-    [pytest.param("SIGTERM", marks=pytest.mark.soak), pytest.param("SIGINT", marks=pytest.mark.soak), "runs stop"],
+    [
+        pytest.param("SIGTERM", marks=pytest.mark.soak),
+        pytest.param("SIGINT", marks=pytest.mark.soak),
+        pytest.param("runs stop", marks=pytest.mark.long),
+    ],
 )
 def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, undisturbed, tmp_path, how):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
@@ -162,6 +167,7 @@ def test_stopping_writes_a_checkpoint_and_resuming_goes_on(path, ray_address, un
     assert_as_undisturbed(tmp_path, undisturbed)
 
 
+@pytest.mark.long
 def test_a_second_driver_is_refused_and_one_that_lost_its_lease_stops(path, ray_address, tmp_path):
     process = start("train", str(path), "--name", "run", "--optim.steps", "4000", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, 2), process)
@@ -195,6 +201,7 @@ def scraped() -> str:
     )
 
 
+@pytest.mark.long
 def test_a_lease_lost_while_the_caches_are_filled_ends_the_run_before_any_worker_starts(path, ray_address, tmp_path):
     """Until then there is nobody to stop, so the loss is looked for before workers are asked for."""
     seen = []
@@ -216,6 +223,7 @@ def test_a_lease_lost_while_the_caches_are_filled_ends_the_run_before_any_worker
     assert checkpoint.latest(store_of(tmp_path)) is None
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_fails_the_run_with_advice(path, ray_address, tmp_path):
     words = ["train", str(path), "--name", "run", "--optim.lr", "1e30", "--optim.clip", "null", "--scale.restarts", "3"]
     done = raysd(*words, storage=tmp_path, address=ray_address)

@@ -86,11 +86,12 @@ def test_a_grid_publishes_its_best_and_a_failed_trial_says_why(recipe, ray_addre
     wait_until(nothing_is_held, seconds=30)
 
 
+@pytest.mark.long
 def test_a_search_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_again(recipe, ray_address, tmp_path):
     store = tmp_path / "store"
     space = {"optim.lr": {"kind": "choice", "values": [1e-4, 3e-3, 1e-2]}}
     file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={})
-    words = ["--name", "killed", "--concurrent", "1", "--optim.steps", "12"]
+    words = ["--name", "killed", "--concurrent", "1", "--optim.steps", "12", "--scale.workers", "2"]
     process = start("tune", str(file), *words, storage=store, address=ray_address)
     folder = records.storage_of(Storage(str(store)), "killed")
 
@@ -113,7 +114,7 @@ def test_a_search_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_aga
         )
 
     wait_until(goes_on, process, seconds=600)
-    own_workers()[-1].kill()
+    own("RayTrainWorker")[-1].kill()
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     body = json.loads(out)
@@ -160,7 +161,9 @@ def test_optuna_goes_on_with_what_it_was_told_and_publishes_the_front(recipe, ra
     wait_until(nothing_is_held, seconds=30)
 
 
-def test_a_trial_whose_worker_dies_goes_on_and_its_neighbour_notices_nothing(recipe, ray_address, tmp_path):
+@pytest.mark.long
+def test_a_trial_whose_process_dies_goes_on_and_its_neighbour_notices_nothing(recipe, ray_address, tmp_path):
+    """With one worker a trial is its process; the test before this one kills one of several workers."""
     store, steps = tmp_path / "store", 24
     space = {"optim.lr": {"kind": "choice", "values": [1e-3, 3e-3]}}
     file = search_file(tmp_path, recipe, space, searcher={"kind": "grid"}, budget={})
@@ -176,7 +179,7 @@ def test_a_trial_whose_worker_dies_goes_on_and_its_neighbour_notices_nothing(rec
     wait_until(both_have_checkpoints, process, seconds=600)
     before = {trial.key: trial for trial in records.trials(folder)}
     assert [trial.status for trial in before.values()] == ["running"] * 2
-    own_workers()[-1].kill()
+    own("ResourceTrainable")[-1].kill()
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     trials = {trial["key"]: trial for trial in json.loads(out)["trials"]}
@@ -189,16 +192,17 @@ def test_a_trial_whose_worker_dies_goes_on_and_its_neighbour_notices_nothing(rec
     wait_until(nothing_is_held, seconds=30)
 
 
-def own_workers():
-    """Those of this session's cluster: another one's may run on this machine."""
+def own(name):
+    """Processes of this session's cluster by what Ray calls them: another one's may run on this machine."""
     family = psutil.Process().children(recursive=True)
-    return [p for p in family if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
+    return [p for p in family if p.is_running() and name in " ".join(p.cmdline())]
 
 
 def steps_of_last_attempt(store, run):
     return json.loads((store / "runs" / run / "usage.json").read_text())["steps"]
 
 
+@pytest.mark.long
 def test_ending_a_search_holds_nothing_and_what_the_scheduler_stopped_stays_stopped(recipe, ray_address, tmp_path):
     store = tmp_path / "store"
     space = {"optim.lr": {"kind": "choice", "values": [1e-2, 1e-6, 2e-6]}}

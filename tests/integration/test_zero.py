@@ -215,6 +215,7 @@ def second_half(base: Path, root: Path, stage: int) -> list[float]:
 PLAIN_DROPOUT = {"method.dropout": 0.0}
 
 
+@pytest.mark.long
 def test_a_checkpoint_moves_between_stages_and_back(tiny_base, tmp_path):
     roots = [tmp_path / name for name in ("whole", "up", "down")]
     for root in roots:
@@ -234,6 +235,7 @@ def first_of(base: Path, root: Path, spec: TrainingSpec) -> list[float]:
     return run(base, root, spec, until=3)
 
 
+@pytest.mark.long
 def test_a_checkpoint_moves_between_world_sizes_and_back(tiny_base, tmp_path):
     spec = override(SPEC, {"scale.zero_stage": 2, "method.dropout": 0.0})
     roots = [tmp_path / name for name in ("whole", "fewer", "more")]
@@ -256,7 +258,9 @@ def until_killed(base: Path, root: Path, spec: TrainingSpec) -> list[float]:
     return run(base, root, spec, fence=die_at_six)
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("world", "stage"), [pytest.param(1, 0, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long), (2, 3)]
+)
 def test_20_killed_while_writing_a_checkpoint_it_ends_in_the_same_weights(tiny_base, tmp_path, world, stage):
     spec = override(SPEC, {"scale.zero_stage": stage})
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from raysd.cli.specs import recipe_of
-from raysd.config import SearchSpec, load
+from raysd.config import SearchSpec, load, override
 from raysd.config.search import BudgetSpec
 from raysd.storage import Storage
 from raysd.tune import nodes, records
 from raysd.tune.follow import Budget, Progress, signals_given_back
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import SearchRecord, TrialRecord
-from raysd.tune.search import Driver, Room
+from raysd.tune.search import DRIVER_MEMORY, Driver, Room
 from raysd.tune.space import key_of
 
 CHOICE = {"kind": "choice", "values": [2, 4, 8]}
@@ -99,7 +99,15 @@ def test_how_the_process_ends_is_given_back(store):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
 
 
-def test_a_trial_whose_own_process_dies_too_often_has_failed_with_a_reason(store):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, ""),
+        ("exit code 75", ""),
+        ("ray.exceptions.OutOfMemoryError: killed", ": the last one was killed, as its node ran out of memory"),
+    ],
+)
+def test_a_trial_whose_own_process_dies_too_often_has_failed_with_a_reason(store, tmp_path, error, said):
     values = {"optim.lr": 1e-3}
     records.write_trial(store, TrialRecord(key_of(values), values, "s-x", "running"))
     spec = load(
@@ -107,10 +115,12 @@ def test_a_trial_whose_own_process_dies_too_often_has_failed_with_a_reason(store
         {"recipe": "x", "space": {"optim.lr": {"kind": "choice", "values": [1e-3]}}, "budget": {"trials": 1}},
     )
     told = []
-    Progress(spec, None, told.append, store, threading.Event()).on_trial_error(1, [], SimpleNamespace(config=values))
+    (tmp_path / "error.txt").write_text(error or "")
+    trial = SimpleNamespace(config=values, error_file=error and str(tmp_path / "error.txt"))
+    Progress(spec, None, told.append, store, threading.Event()).on_trial_error(1, [], trial)
     record = records.read_trial(store, key_of(values))
-    assert (record.status, record.reason) == ("failed", "its process died too often")
-    assert told[0]["text"] == "trial 1/1: its process died too often"
+    assert (record.status, record.reason) == ("failed", f"its process died too often{said}")
+    assert told[0]["text"] == f"trial 1/1: its process died too often{said}"
 
 
 def test_what_is_spent_stays_spent_and_trials_alone_never_stop_what_runs(store):
@@ -139,6 +149,26 @@ def driver_of(tmp_path, body):
     plan, room = SimpleNamespace(train=(0, 1, 2, 3)), Room(2, 1, 0)
     store, record = records.storage_of(root, "s"), SearchRecord("s", {}, {})
     return Driver(spec, recipe_of("lora-demo"), record, root, store, plan, (), room, print, threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("space", "scale", "here"),
+    [
+        ({"optim.lr": CHOICE}, {}, True),
+        ({"optim.lr": CHOICE}, {"scale.workers": 2}, False),
+        ({"optim.lr": CHOICE}, {"scale.workers": (1, 2)}, False),
+        ({"scale.workers": {"kind": "choice", "values": [1, 2]}}, {}, False),
+        ({"scale.gpus": {"kind": "choice", "values": [False, None]}}, {}, False),
+    ],
+)
+def test_trials_of_one_worker_train_in_their_own_processes(tmp_path, space, scale, here):
+    """Which have a worker's resources then, and none else: several workers have theirs beside."""
+    driver = driver_of(tmp_path, {"recipe": "lora-demo", "space": space, "budget": {"trials": 1}})
+    driver.training = override(driver.training, {"scale.workers": 1, "scale.zero_stage": 0, **scale})
+    assert driver._one_worker() is here
+    driver.training = override(driver.training, {"scale.accelerator": "A100"})
+    assert driver._bundle(True) == {"CPU": 1, "GPU": 0, "accelerator_type:A100": 0.001}
+    assert driver._bundle(False) == {"CPU": 0, "memory": DRIVER_MEMORY}
 
 
 def test_a_search_that_goes_on_gives_optuna_what_was_tried_and_tries_something_else(tmp_path, store):

@@ -25,12 +25,12 @@ from benchmarks.bases import lora_of
 from raysd.assets.make.tokenizer import LENGTH, build_tokenizer
 from raysd.config import load
 from raysd.config.serving import ModelSpec
-from raysd.errors import IntegrityError, NotFound, RaysdError, RequestError
+from raysd.errors import ExportRefused, IntegrityError, NotFound, RaysdError, RequestError
 from raysd.export import kept as keeping
 from raysd.export import onnx as exporting
 from raysd.export import runtime as running
 from raysd.export.gate import measure, pass_gate
-from raysd.export.kept import Export, base_of, digest_of, export_onnx, kept, make, opened, write
+from raysd.export.kept import REFUSED, Export, base_of, digest_of, export_onnx, kept, make, opened, place_of, write
 from raysd.export.networks import Networks
 from raysd.export.precision import PRECISIONS
 from raysd.export.runtime import Runtime, usable_providers
@@ -274,10 +274,13 @@ def test_an_export_that_the_gate_refuses_leaves_nothing(
 
     monkeypatch.setattr(exporting, "quantise", damaged)
     before = [entry.path for entry in storage.list("exports")]
-    with pytest.raises(RaysdError, match="the int8 export is not kept"):
+    with pytest.raises(ExportRefused, match="the int8 export is not kept"):
         make(storage, base, "int8", lambda event: None)
     assert kept(storage, base, "int8") is None
-    assert [entry.path for entry in storage.list("exports")] == before
+    refused = f"{place_of(digest_of(base), 'int8')}/{REFUSED}"
+    assert [entry.path for entry in storage.list("exports") if entry.path != refused] == before
+    with pytest.raises(ExportRefused, match="the int8 export is not kept"):  # said again, not made again
+        make(storage, base, "int8", made_again)
     with pytest.raises(RaysdError, match="the int8 export is not kept"):
         export_onnx(base.ref, storage, tmp_path / "out", "int8", lambda event: None)
     assert not (tmp_path / "out").exists()

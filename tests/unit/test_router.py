@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,9 +15,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import select
 
+from raysd import __version__
 from raysd.config.serving import ModelSpec
 from raysd.database import Database
 from raysd.errors import NotFound, RequestError, StorageError
+from raysd.export.kept import MANIFEST, REFUSED, place_of
 from raysd.feedback.generations import Generations
 from raysd.references import identity, identity_of
 from raysd.registry import Registry, Version, signing, traffic
@@ -34,7 +37,7 @@ from raysd.serve.routes import Routes, Target
 from raysd.serve.tables import PredictionRow
 from raysd.storage import Storage
 from tests.adapters import publish_lora
-from tests.versions import files_of
+from tests.versions import files_of, safetensors
 
 ASK = Ask("predictions", "cats", Drawing(prompt="a cat", steps=2), user="somebody", webhook="https://example.org/hook")
 
@@ -386,6 +389,58 @@ def test_an_alias_that_moves_to_what_cannot_be_loaded_moves_no_traffic(
         wait(lambda: routes.choose(ASK)[0].ref == bad.ref)
         assert routes.served()[0].traffic[0].ref == bad.ref
         assert told == [bad.ref]
+    finally:
+        routes.close()
+
+
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("of", ["whole", "LoRA"])
+def test_with_onnx_an_alias_moves_when_the_export_is_there_and_never_where_it_was_refused(
+    registry: Registry, put: Callable[[int], Version], tmp_path: Path, caplog: pytest.LogCaptureFixture, of: str
+) -> None:
+    """Else requests would wait for it for a minute, or fail one after the other."""
+    first, second = put(1), put(2)
+    source, moved = second.digest, second
+    if of == "LoRA":
+        (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(safetensors(3))
+        files = {"pytorch_lora_weights.safetensors": tmp_path / "pytorch_lora_weights.safetensors"}
+        moved = registry.publish("cats", files, {"base": second.ref, "base_digest": "0" * 64}, key="lora")
+    place = place_of(source, "fp32")
+    registry.alias(first, "production")
+    missing, refused = list[str](), list[str]()
+    routes = Routes(registry.storage, [ModelSpec(ref="cats:production", backend="onnx")])
+    try:
+        assert routes.choose(ASK)[0].ref == first.ref, "what a service starts with has its replicas make its export"
+        routes.on_unexported, routes.on_refused = lambda t: missing.append(t.ref), lambda t: refused.append(t.ref)
+        registry.alias(moved, "production")
+        wait(lambda: missing[:2] == [moved.ref] * 2)  # again and again: a replica may have been starting
+        traffic.change(registry.storage, "cats", {moved.number: 100}, {})
+        time.sleep(0.2)
+        assert routes.choose(ASK)[0].ref == first.ref
+        begins = Routes(registry.storage, [ModelSpec(ref="cats@1", backend="onnx")])
+        begins.close()
+        assert begins.choose(ASK)[0].ref == first.ref, "nor does it draw as a canary, whoever looks first"
+        registry.storage.write(f"{place}/{REFUSED}", json.dumps({"reason": "too far", "raysd": __version__}).encode())
+        wait(lambda: refused == [moved.ref])
+        assert routes.choose(ASK)[0].ref == first.ref
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "ERROR"]  # one is of `begins`
+        registry.storage.create(f"{place}/{MANIFEST}", b"{}")
+        wait(lambda: routes.choose(ASK)[0].ref == moved.ref)
+    finally:
+        routes.close()
+
+
+@pytest.mark.usefixtures("quickly")
+def test_a_rare_model_whose_replicas_are_none_is_switched_without_an_export(
+    registry: Registry, put: Callable[[int], Version]
+) -> None:
+    """Nobody would be there to make it."""
+    first, second = put(1), put(2)
+    registry.alias(first, "production")
+    routes = Routes(registry.storage, [ModelSpec(ref="cats:production", backend="onnx", replicas={"least": 0})])
+    try:
+        registry.alias(second, "production")
+        wait(lambda: routes.choose(ASK)[0].ref == second.ref)
     finally:
         routes.close()
 

@@ -1,14 +1,17 @@
 """A trial as Ray Tune sees it, its training replaced: what is told, what is recorded."""
 
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from raysd.cli.specs import recipe_of
 from raysd.config import SearchSpec, load, override
 from raysd.errors import LeaseHeld, OutOfMemory
 from raysd.storage import Storage
+from raysd.train.hang import EXIT
 from raysd.tune import records, trial
 from raysd.tune.space import key_of
 from raysd.tune.trial import OVER, WORST, Job, SearchTrial
@@ -28,6 +31,7 @@ def job(tmp_path, monkeypatch):
         spec=spec,
         training=recipe_of("lora-demo"),
         shared_plan=False,
+        here=False,
         pictures=4,
         gpus=0,
         grows_to="",
@@ -54,7 +58,7 @@ def record_of(job):
     return found
 
 
-def trains(spec, name, root, watch, plan, asked):
+def trains(spec, name, root, watch, plan, asked, here):
     for step, loss in enumerate(LOSSES, 1):
         watch({"kind": "validation", "step": step, "validation_loss": loss})
     return SimpleNamespace(finished=True)
@@ -75,7 +79,7 @@ def test_the_scheduler_goes_by_the_best_loss_so_far_and_the_record_by_what_was_m
 
 
 def test_a_trial_that_runs_out_of_memory_is_over_with_a_reason_and_the_worst_of_all(job, monkeypatch):
-    def short(spec, name, root, watch, plan, asked):
+    def short(spec, name, root, watch, plan, asked, here):
         watch({"kind": "validation", "step": 1, "validation_loss": 0.5})
         raise OutOfMemory("out of memory on node-1\ntry: a smaller batch")
 
@@ -87,7 +91,7 @@ def test_a_trial_that_runs_out_of_memory_is_over_with_a_reason_and_the_worst_of_
 
 
 def test_a_value_that_is_no_number_wins_nothing(job, monkeypatch):
-    def blows_up(spec, name, root, watch, plan, asked):
+    def blows_up(spec, name, root, watch, plan, asked, here):
         watch({"kind": "validation", "step": 1, "validation_loss": float("nan")})
         return SimpleNamespace(finished=True)
 
@@ -110,7 +114,7 @@ def test_settings_that_another_trial_is_training_are_not_trained_twice(job, monk
     """It waits for the other one's end, tells what that told, and leaves its record alone."""
     store = records.storage_of(Storage(job.root), "s")
 
-    def held(spec, name, root, watch, plan, asked):
+    def held(spec, name, root, watch, plan, asked, here):
         other = records.TrialRecord(key_of(VALUES), VALUES, name, status="finished", reports=reports)
         records.write_trial(store, other)
         raise LeaseHeld("run s-x is held")
@@ -120,3 +124,80 @@ def test_settings_that_another_trial_is_training_are_not_trained_twice(job, monk
     assert [result["validation_loss"] for result in told] == [0.5, 0.3, 0.3, 0.2, 0.2]
     assert [result[OVER] for result in told] == [False] * 4 + [True]
     assert (record_of(job).status, record_of(job).reports) == ("finished", reports)
+
+
+class Ended(BaseException):
+    """In the place of a process's end."""
+
+
+def ends(status):
+    assert status == EXIT
+    raise Ended
+
+
+def test_a_process_trains_no_second_trial_beside_one_that_does_not_end(job, monkeypatch):
+    """Both would be the one worker of this process. It ends in a step: in a reset Ray Tune would give up the new trial."""
+    waits = threading.Event()
+    monkeypatch.setattr(trial, "STOP_SECONDS", 0.01)
+    monkeypatch.setattr(trial.os, "_exit", ends)
+    monkeypatch.setattr(trial, "train", lambda *_: waits.wait())
+    tried = SearchTrial.__new__(SearchTrial)
+    tried.setup(VALUES, replace(job, here=True))
+    assert tried.reset_config(VALUES)
+    with pytest.raises(Ended):
+        tried.step()
+    waits.set()
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_after_a_trial_that_failed_the_next_one_has_a_fresh_process(job, monkeypatch, here):
+    """Where it trained in this one: its memory, or a device's, may not be what it was."""
+
+    def fails(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(trial.os, "_exit", ends)
+    monkeypatch.setattr(trial, "train", fails)
+    tried = SearchTrial.__new__(SearchTrial)
+    tried.setup(VALUES, replace(job, here=here))
+    assert tried.step()[OVER]
+    monkeypatch.setattr(trial, "train", trains)
+    tried.reset_config({"optim.lr": 2e-3})
+    if here:
+        with pytest.raises(Ended):
+            tried.step()
+    else:
+        assert tried.step()["validation_loss"] == 0.5
+
+
+def test_each_trial_of_a_process_computes_with_all_its_threads(job, monkeypatch):
+    """The threads that read ahead leave torch's default at one."""
+    threads, before = [], torch.get_num_threads()
+
+    def reads_ahead(*_):
+        threads.append(torch.get_num_threads())
+        reader = threading.Thread(target=torch.set_num_threads, args=(1,))
+        reader.start()
+        reader.join()
+        return SimpleNamespace(finished=False)
+
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(trial, "train", reads_ahead)
+        tried = SearchTrial.__new__(SearchTrial)
+        tried.setup(VALUES, replace(job, here=True))
+        tried.step()
+        tried.reset_config({"optim.lr": 2e-3})
+        tried.step()
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [2, 2]
+
+
+def test_a_trial_that_is_its_own_worker_scores_its_pictures_itself(job, monkeypatch):
+    """A task would wait for the resources that this process holds."""
+    asked = replace(job, here=True, spec=job.spec.model_copy(update={"objective": ("clip_score",)}))
+    monkeypatch.setattr(trial, "score_run", lambda *_: {"clip_score": 0.25})
+    monkeypatch.setattr(trial.ray, "remote", never)
+    results(asked, monkeypatch, trains)
+    assert record_of(asked).best("clip_score") == 0.25
