@@ -240,21 +240,21 @@ def test_a_canary_draws_its_share_and_users_stay(service: Service) -> None:
 def test_replicas_die_the_database_restarts_and_nothing_is_lost_or_doubled(
     service: Service, postgres: Postgres
 ) -> None:
-    """And the alias moves meanwhile. Each accepted prediction ends once, with the picture of the version that it had."""
-    wish = {"num_inference_steps": 20}
+    """64 clients, and the alias moves meanwhile. Each accepted prediction ends once, with the picture of the version that it had."""
+    wish, clients = {"num_inference_steps": 20}, 64
     first, second = (version.ref for version in service.versions[:2])
     service.until(first)
-    with ThreadPoolExecutor(16) as people:
-        ids = list(people.map(lambda seed: service.begin(seed=seed, **wish), range(24)))
-        saying = {id: people.submit(service.rate, id, 1 + number % 5) for number, id in enumerate(ids[::3])}
+    with ThreadPoolExecutor(clients) as people:
+        ids = list(people.map(lambda seed: service.begin(seed=seed, **wish), range(clients)))
+        saying = {id: people.submit(service.rate, id, 1 + number % 5) for number, id in enumerate(ids[::8])}
         os.kill(a_replica(), signal.SIGKILL)
-        later = people.submit(lambda: [service.begin(seed=seed, **wish) for seed in range(24, 32)])
+        later = people.submit(lambda: [service.begin(seed=seed, **wish) for seed in range(clients, clients + 8)])
         postgres.stop()
         service.registry.alias(service.versions[1], "production")
         time.sleep(2)
         postgres.start()
         service.until(second)
-        moved = [service.begin(seed=seed, **wish) for seed in range(32, 36)]
+        moved = [service.begin(seed=seed, **wish) for seed in range(100, 104)]
         every = [*ids, *later.result(), *moved]
         ended = list(people.map(service.end, every))
         opinions = {id: opinion.result() for id, opinion in saying.items()}
@@ -262,7 +262,7 @@ def test_replicas_die_the_database_restarts_and_nothing_is_lost_or_doubled(
     service.until(first)
     assert [prediction["status"] for prediction in ended] == ["succeeded"] * len(every)
     drew = [prediction["version_ref"] for prediction in ended]
-    assert (set(drew[:24]), set(drew[24:]) | {first}, set(drew[32:])) == ({first}, {first, second}, {second})
+    assert (set(drew[:clients]), set(drew[clients:]) | {first}, set(drew[-4:])) == ({first}, {first, second}, {second})
     service.check_each_once(every, opinions)
 
 

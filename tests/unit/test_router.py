@@ -207,6 +207,30 @@ def test_what_is_late_ends_although_there_is_no_replica(
     assert desk.run(work).status == "aborted"
 
 
+def test_what_one_ingress_accepted_another_one_knows(registry: Registry, put: Callable[[int], Version]) -> None:
+    """Behind a balancer the next request of a client goes anywhere: asking again, waiting for the end, cancelling."""
+    put(1)
+    desk, other = Desk(registry, "cats"), Desk(registry, "cats")
+    keyed = replace(ASK, idempotency_key="once")
+
+    async def work(router: Router) -> None:
+        other.router.start()
+        try:
+            begun = [await router.submit(keyed), await router.submit(ASK)]
+            assert (await other.router.submit(keyed)).id == begun[0].id
+            assert len(desk.rows()) == 2
+            waiting = [asyncio.create_task(other.router.wait(one.id, 30)) for one in begun]
+            await asyncio.sleep(0.1)
+            (claim,) = await asyncio.to_thread(desk.queue.claim, "somebody", "cats", id=begun[0].id)
+            await asyncio.to_thread(desk.queue.finish, claim, [], {})
+            await router.cancel(begun[1].id)
+            assert [(await one).status for one in waiting] == ["succeeded", "canceled"]
+        finally:
+            await other.router.close()
+
+    desk.run(work)
+
+
 def test_what_is_deleted_takes_its_files_along(registry: Registry, put: Callable[[int], Version]) -> None:
     put(1)
     desk, storage = Desk(registry, "cats"), registry.storage
