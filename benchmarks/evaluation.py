@@ -14,12 +14,12 @@ BOUND = 0.9
 
 def run(options: Options) -> Result:
     pictures, turns = (32, 1) if options.quick else (PICTURES, TURNS)
-    seconds: dict[str, list[float]] = {"bare loop": [], "evaluate": [], "evaluate, on Ray": []}
+    seconds: dict[str, list[float]] = {"bare loop": [], "evaluate": [], "evaluate, one Ray worker": []}
     for turn in range(turns):
         store = str(options.work / f"store-{turn}")
         seconds["bare loop"].append(spawned.alone(_bare, pictures))
-        seconds["evaluate"].append(spawned.alone(_evaluate, store, pictures, 0))
-        seconds["evaluate, on Ray"].append(spawned.alone(_evaluate, f"{store}-ray", pictures, None))
+        seconds["evaluate"].append(spawned.alone(_evaluate, store, pictures, None))
+        seconds["evaluate, one Ray worker"].append(spawned.alone(_evaluate, f"{store}-ray", pictures, 1))
     typical = {name: median(values) for name, values in seconds.items()}
     rows = [
         [name, round(pictures / value, 2), round(typical["bare loop"] / value, 3)] for name, value in typical.items()
@@ -27,13 +27,14 @@ def run(options: Options) -> Result:
     return Result(
         targets=[
             Target(f"{name}: pictures/s, raysd / bare loop", typical["bare loop"] / typical[name], BOUND, True)
-            for name in ("evaluate", "evaluate, on Ray")
+            for name in ("evaluate", "evaluate, one Ray worker")
         ],
         tables=[Table("Drawing and judging", ["", "pictures/s", "beside the bare loop"], rows)],
         samples=seconds,
         settings={"pictures": pictures, "batch": BATCH, "steps": STEPS, "guidance": GUIDANCE, "turns": turns},
         notes=[
-            "evaluate: drawing, keeping the pictures, features and scores, without data; imports and Ray's start are counted"
+            "evaluate: drawing, keeping the pictures, features and scores, without data; imports and Ray's start are counted",
+            "By default, which on this machine draws in its own process; and with one Ray worker.",
         ],
     )
 

@@ -46,8 +46,9 @@ def _training(ref: str) -> Any:
 
     if "@" not in ref or "/" in ref:
         return None
-    name = open_registry().resolve(ref).record.get("run", {}).get("name")
-    if name not in runs.names(open_storage()):
-        return None
+    made = open_registry().resolve(ref).record.get("run", {})
+    name = made.get("name")
+    if name not in runs.names(open_storage()) or runs.read(open_storage(), name).id != made.get("id"):
+        return None  # it was deleted, and another one may have its name
     run = runs.storage_of(open_storage(), name)
     return Training(name, runs.metrics(run), runs.samples(run))

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from raysd.cli.output import flat, out
-from raysd.config import TrainingSpec, describe, load, override, read_toml
+from raysd.config import SearchSpec, TrainingSpec, describe, load, override, read_toml
 from raysd.errors import RequestError
 from raysd.jobs.outcome import FILE as JOB
 
@@ -39,6 +39,15 @@ def grounded(spec: TrainingSpec) -> TrainingSpec:
         changes["base"] = str(base.absolute())
     if "://" not in source and Path(source).expanduser().exists() and source != "sample":
         changes["data.source"] = str(Path(source).expanduser().absolute())
+    return override(spec, changes) if changes else spec
+
+
+def grounded_search(spec: SearchSpec) -> SearchSpec:
+    """The same for what a search's trials are judged with."""
+    if JOB in os.environ:
+        return spec
+    given = {name: getattr(spec.evaluation, name) for name in ("prompts", "inception", "clip")}
+    changes = {f"evaluation.{name}": str(Path(path).expanduser().absolute()) for name, path in given.items() if path}
     return override(spec, changes) if changes else spec
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from raysd.cli.output import Json, open_storage, out, reserve_output, show
-from raysd.cli.specs import dotted, grounded, recipe_of
+from raysd.cli.specs import dotted, grounded, grounded_search, recipe_of
 from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
 from raysd.console import Watcher, errors
 from raysd.errors import RequestError
@@ -33,7 +33,7 @@ def tune(
     spec = load(SearchSpec, read_toml(Path(what)), Path(what).name)
     changes = dotted(context.args)
     own = {path: value for path, value in changes.items() if path.split(".")[0] in SearchSpec.model_fields}
-    spec = override(spec, own) if own else spec
+    spec = grounded_search(override(spec, own) if own else spec)
     rest = {path: value for path, value in changes.items() if path not in own}
     training = grounded(override(recipe_of(spec.recipe), {**spec.training, **rest}))
     _search(spec, training, name or Path(what).stem.lower(), retrain, as_json)
@@ -68,8 +68,10 @@ def _on_search(what: str, name: str, retrain: bool, html: Path | None, as_json: 
 
 
 def _show_search(record: Any, found: list[Any], as_json: bool) -> None:
+    from raysd.train import runs
     from raysd.tune import records, report
 
     best = [trial.key for trial in records.front(found, record.search_spec().objective)]
-    body = {**asdict(record), "best": best, "trials": [asdict(trial) for trial in found]}
+    shown = {**asdict(record), "training": runs.public_spec(record.training)}
+    body = {**shown, "best": best, "trials": [asdict(trial) for trial in found]}
     show(body, as_json, lambda: report.table(record, found))

@@ -25,7 +25,8 @@ class EvaluationSpec(Spec):
     batch: Annotated[int, Field(ge=1, le=1024)] = 32
     """Pictures drawn at once by a worker."""
     workers: NonNegative | None = None
-    """Ray workers that draw: one a GPU, or one for 4 CPUs, if not given; 0: this process draws, without Ray."""
+    """Ray workers that draw; 0: this process draws, without Ray. If not given, one a GPU or one for 4 CPUs, and this process
+    where that is one on a machine of its own."""
     inception: str | None = None
     """FID InceptionV3: a .safetensors file, or a TorchScript file (which runs code). The CLIP's features if not given."""
     clip: str | None = None

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from raysd import revision
 from raysd.config import EvaluationSpec, load
 from raysd.data.dataset import Dataset, prepare
+from raysd.data.source import public, without_secrets
 from raysd.errors import RequestError
 from raysd.evaluate.features import Extractor, Matcher, extractor, matcher
 from raysd.evaluate.judging import By, Drawn, Reference, Score, difference, judge
@@ -75,6 +76,7 @@ class _Work:
 
     def run(self, located: Sequence[Located]) -> Evaluation:
         self.alike = len({loss_terms(model) for model in located}) == 1
+        self.other_split = [model.ref for model in located if self._learnt_otherwise(model)]
         self.texts = self.compare.texts([prompt.text for prompt in self.prompts])
         errors = [self._errors(model) for model in located]
         self.reference = self._reference()
@@ -85,7 +87,7 @@ class _Work:
             key=self._key(located),
             created=timestamp(),
             code=revision.code(),
-            spec=self.spec.model_dump(mode="json"),
+            spec=_public(self.spec),
             features=self.by.features,
             matcher=self.by.matcher,
             prompts=self.prompts,
@@ -109,6 +111,11 @@ class _Work:
             count = self._counter(f"loss of {model.ref} on {split} pictures")
             found.append(meter.errors(pictures, self.spec.timesteps, progress=count))
         return found[0], found[1]
+
+    def _learnt_otherwise(self, model: Located) -> bool:
+        """Whether it was trained on pictures, and not as they are split here: it may have seen the held-out ones."""
+        known = model.version.record.get("data_digest") if model.version else None
+        return self.dataset is not None and known not in (None, self.dataset.digest)
 
     def _reference(self) -> Reference | None:
         if self.dataset is None or self.spec.data is None:
@@ -162,7 +169,7 @@ class _Work:
             return ()
         one, two = (clip_scores(each.images, each.texts) for each in drawn)
         found = [difference("clip_score", one, two, "higher", self.by.matcher, self.spec.seed)]
-        if self.alike and errors[0] is not None and errors[1] is not None:
+        if self.alike and not self.other_split and errors[0] is not None and errors[1] is not None:
             held = [_per_picture(each[0]) for each in errors if each is not None]
             found.append(difference("validation_loss", held[0], held[1], "lower", "", self.spec.seed))
         return tuple(found)
@@ -185,6 +192,10 @@ class _Work:
             )
         if not self.alike:
             found.append("validation losses are not compared: the models predict different things, or at another scale")
+        found += [
+            f"{ref} was trained on other pictures, or another split of these: its losses may be of pictures that it has seen"
+            for ref in self.other_split
+        ]
         if self.dataset is not None and not self.dataset.validation:
             found.append("no losses: no picture of the data is held out (data.validation)")
         if self.spec.count <= len(self.prompts):
@@ -213,12 +224,20 @@ class _Work:
 def _dataset(spec: EvaluationSpec, storage: Storage, watch: Watch) -> Dataset | None:
     if spec.data is None:
         return None
-    watch({"kind": "phase", "text": f"checking {spec.data.source}"})
+    watch({"kind": "phase", "text": f"checking {public(spec.data.source)}"})
     dataset = prepare(
         spec.data, storage, lambda d, n: watch({"kind": "count", "text": "check pictures", "done": d, "of": n})
     )
     watch({"kind": "data", "report": dataset.report})
     return dataset
+
+
+def _public(spec: EvaluationSpec) -> dict[str, Any]:
+    """As it is kept and shown: without passwords and signatures in URLs."""
+    body = spec.model_dump(mode="json")
+    if spec.data is not None:
+        body["data"]["source"] = without_secrets(spec.data.source)
+    return body
 
 
 def _prompts(dataset: Dataset | None) -> tuple[Prompt, ...]:

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation: drawn once by any number of Ray workers, kept in the storage, drawn on where they lack.
+"""The pictures of an evaluation: drawn once, by Ray workers or this process, kept in the storage, drawn on where they lack.
 
     evaluations/<model>/<album>/pictures/00000.png …
 
@@ -8,6 +8,7 @@
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -83,7 +84,7 @@ def draw_album(album: Album, spec: EvaluationSpec, progress: Progress) -> int:
     done = total - len(absent)
     progress(done, total)
     if chunks:
-        draw = _here if spec.workers == 0 else _on_ray
+        draw = _on_ray if takes_ray(spec.workers) else _here
         for drawn in draw(chunks, album, spec):
             done += drawn
             progress(done, total)
@@ -126,6 +127,16 @@ def crew(nodes: Sequence[dict[str, float]], chunks: int, workers: int | None) ->
     each = min(each, min(counts))
     most = sum(count // each for count in counts)
     return Crew(min(chunks, workers or most, most), each, 0)
+
+
+def takes_ray(workers: int | None) -> bool:
+    """Whether others draw. Where one would be all that this machine has room for, it would only cost Ray's start."""
+    import ray
+
+    if workers is not None or ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        return workers != 0
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return crew([here], chunks=2, workers=None).workers > 1
 
 
 def _here(chunks: Sequence[Chunk], album: Album, spec: EvaluationSpec) -> Iterator[int]:

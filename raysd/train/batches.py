@@ -1,7 +1,7 @@
 """From the plan of a run and the caches to micro-batches with their randomness. Shapes as in methods/base.py."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from raysd.diffusion import sample_posterior
 from raysd.methods import Batch
 from raysd.models import NoiseSchedule
 from raysd.seeding import generator
+from raysd.train.threads import preparing
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ class Batches:
         self.items, self.empty, self.source, self.sampler = items, empty, source, sampler
         self.spec, self.rank, self.world = spec, rank, world
         self.timesteps = len(schedule.alphas_cumprod)
-        # One thread: with a pool of its own here, OpenMP would count more threads than cores, and no thread of the model's
-        # pool would wait for work awake: half the speed on two cores.
-        self._reader = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
+        self._reader = preparing(1, "batches")
         self._ahead: tuple[int, Future[list[Batch]]] | None = None
 
     def of(self, step: int) -> list[Batch]:

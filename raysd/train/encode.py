@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -19,6 +18,7 @@ from raysd.quiet import import_quickly
 from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train.plan import Plan, captions
+from raysd.train.threads import preparing
 
 MANY = 300
 MANY_ALONE = 10_000
@@ -50,7 +50,7 @@ class PictureEncoder:
         self.autoencoder = self.family.autoencoder(located.folder).to(self.device)
         self.cache = TensorCache(storage.child(space))
         self.spec, self.augment = spec, spec.data.augment
-        self.readers = ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,))  # as in `batches`
+        self.readers = preparing(4, "pictures")
 
     @torch.inference_mode()
     def __call__(self, rows: Rows) -> Rows:

@@ -1,4 +1,7 @@
-"""From a run's checkpoint to a version in the registry. Needs no GPU and no Ray; doing it twice gives the same version."""
+"""From a run's checkpoint to a version in the registry. Needs no GPU and no Ray; doing it twice gives the same version.
+
+A checkpoint of another step is another version: a trial that a budget cut short may go on, and be published again.
+"""
 
 import tempfile
 from collections.abc import Mapping
@@ -38,7 +41,7 @@ def publish(
         write_files(run, chosen, spec, located, out)
         files = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*")) if path.is_file()}
         lineage = {**_lineage(record, chosen, located, plan), **(origin or {})}
-        version = registry.publish(spec.publish.model, files, lineage, key=record.id)
+        version = registry.publish(spec.publish.model, files, lineage, key=f"{record.id}@{chosen.step}")
     if spec.publish.alias is not None and record.version != version.ref:  # once: it may have been moved since
         registry.alias(version, spec.publish.alias)
     return version

@@ -1,6 +1,6 @@
 """Validation loss with fixed noise and timesteps, and pictures from fixed prompts and seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,13 @@ def validation_loss(
     source: Source,
     schedule: NoiseSchedule,
     spec: TrainingSpec,
+    beat: Callable[[], None] = lambda: None,
 ) -> float | None:
     """Mean unweighted squared error over the held-out pictures at evenly spread timesteps; None without pictures.
 
     Noise depends on the picture's place and timestep alone, the latents are the posterior's means: the same weights give
     the same loss. COLLECTIVE: every rank makes the same number of forward passes (ZeRO-3 gathers weights in each), a
-    rank that has run out repeats a pair with weight 0.
+    rank that has run out repeats a pair with weight 0. `beat` is called after each of them.
     """
     if not items:
         return None
@@ -52,6 +53,7 @@ def validation_loss(
             total += batch_errors.double().sum()
         else:
             method.loss(engine, batch.to(engine.device), schedule, plain)
+        beat()
     engine.module.train()
     if engine.world > 1:
         dist.all_reduce(total)
@@ -59,10 +61,11 @@ def validation_loss(
 
 
 @torch.no_grad()
-def pictures(engine: Engine, folder: Any, spec: TrainingSpec) -> list[Any]:
+def pictures(engine: Engine, folder: Any, spec: TrainingSpec, beat: Callable[[], None] = lambda: None) -> list[Any]:
     """One picture for each of `validation.prompts`, drawn by the module as it stands.
 
-    COLLECTIVE: every rank draws the same ones in lock-step (ZeRO-3 gathers weights in each forward pass).
+    COLLECTIVE: every rank draws the same ones in lock-step (ZeRO-3 gathers weights in each forward pass). `beat` is called
+    after each denoising step.
     """
     module: Any = engine.module
     components = {"unet": module.denoiser}
@@ -73,9 +76,18 @@ def pictures(engine: Engine, folder: Any, spec: TrainingSpec) -> list[Any]:
     seeds = [torch.Generator().manual_seed(PICTURE_SEED + n) for n in range(len(prompts))]
     module.eval()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[spec.scale.precision]
+
+    def stepped(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        beat()
+        return values
+
     with torch.autocast(engine.device.type, dtype=dtype, enabled=dtype != torch.float32):
         images = pipeline(
-            prompts, generator=seeds, num_inference_steps=PICTURE_STEPS, guidance_scale=PICTURE_GUIDANCE
+            prompts,
+            generator=seeds,
+            num_inference_steps=PICTURE_STEPS,
+            guidance_scale=PICTURE_GUIDANCE,
+            callback_on_step_end=stepped,
         ).images
     module.train()
     return list(images)

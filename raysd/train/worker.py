@@ -226,11 +226,16 @@ class Worker:
     def _validate(self, step: int) -> float | None:
         def measure() -> float | None:
             return validate.validation_loss(
-                self.engine, self.method, self.plan.validation, self.source, self.schedule, self.spec
+                self.engine,
+                self.method,
+                self.plan.validation,
+                self.source,
+                self.schedule,
+                self.spec,
+                self.hang.beat,
             )
 
         loss = self._with_average(measure)
-        self.hang.beat()
         if loss is not None and not math.isfinite(loss):  # the same on every rank
             raise TrainingFailed(f"step {step}: the validation loss is {loss}; {ADVICE}")
         if loss is not None:
@@ -240,7 +245,7 @@ class Worker:
     def _draw(self, step: int) -> None:
         if not self.spec.validation.prompts:
             return
-        images = self._with_average(lambda: validate.pictures(self.engine, self.folder, self.spec))
+        images = self._with_average(lambda: validate.pictures(self.engine, self.folder, self.spec, self.hang.beat))
         for number, image in enumerate(images if self.rank == 0 else []):
             body = io.BytesIO()
             image.save(body, "PNG")

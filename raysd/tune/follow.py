@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,8 @@ from raysd.tune.trial import OVER, WORST
 
 LOOK_SECONDS = 5.0
 """Between two looks at what the trials have cost: each reads all their records."""
+NOTE_SECONDS = 20.0
+"""Between two notes of what the search has taken."""
 DIED = "its process died too often"
 
 
@@ -74,9 +76,17 @@ class Budget(Unsaved, tune.Stopper):
 class Progress(Unsaved, Callback):
     """Notes what was stopped, tells the watcher, and lets SIGTERM end a search as Ctrl-C does."""
 
-    def __init__(self, spec: SearchSpec, budget: Budget, watch: Watch, store: Storage, lost: threading.Event):
+    def __init__(
+        self,
+        spec: SearchSpec,
+        budget: Budget,
+        watch: Watch,
+        store: Storage,
+        lost: threading.Event,
+        note: Callable[[], None] = lambda: None,
+    ):
         self.spec, self.budget, self.watch, self.store, self.lost = spec, budget, watch, store, lost
-        self.done = 0
+        self.done, self._note, self._noted = 0, note, time.monotonic()
 
     def setup(self, **info: Any) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -85,6 +95,9 @@ class Progress(Unsaved, Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.lost.is_set():
             end_search()
+        elif time.monotonic() - self._noted >= NOTE_SECONDS:
+            self._noted = time.monotonic()
+            self._note()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}

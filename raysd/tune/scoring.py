@@ -41,7 +41,7 @@ def reference(spec: SearchSpec, plan: Plan, side: int) -> NDArray[np.float32] | 
     """Features of the data's pictures for KID, [N, D]; the driver computes them once, the trials share them."""
     if "kid" not in wanted(spec):
         return None
-    by, _ = _judges(spec)
+    by, _ = judges(spec)
     items = (*plan.validation, *plan.train)[:MOST]
     pictures = (plain_crop(read_picture(item.path), side) for item in items)
     found: NDArray[np.float32] = extract(pictures, len(items), by, lambda done, of: None).vectors.numpy()
@@ -60,7 +60,7 @@ def score_run(
     storage = Storage(root)
     run = runs.storage_of(storage, name)
     base = locate(base_of(training, Plan.load(run)), storage)
-    by, compare = _judges(spec)
+    by, compare = judges(spec)
     requests = _requests(spec, prompts)
     with tempfile.TemporaryDirectory(prefix="raysd-") as scratch:
         pictures = _draw(_written(Path(scratch), run, training, base), requests, spec.evaluation.batch)
@@ -73,7 +73,8 @@ def score_run(
     return found
 
 
-def _judges(spec: SearchSpec) -> tuple[Extractor, Matcher]:
+def judges(spec: SearchSpec) -> tuple[Extractor, Matcher]:
+    """What looks at the pictures. Raises NotFound, RequestError."""
     compare = matcher(spec.evaluation.clip)
     return extractor(spec.evaluation.inception, compare), compare
 

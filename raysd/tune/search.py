@@ -25,7 +25,7 @@ from raysd.train.publish import publish
 from raysd.tune import records
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord
-from raysd.tune.scoring import prompts_of, reference
+from raysd.tune.scoring import judges, prompts_of, reference, wanted
 from raysd.tune.space import check_choices, check_space, corners, grid_points, optuna_space, ray_space
 
 DRIVER_MEMORY = 400 * 2**20
@@ -72,6 +72,8 @@ def search(
     if not plan.validation and (spec.scheduler.kind != "none" or "validation_loss" in spec.objective):
         raise RequestError("data.validation: no picture is held out, and no trial could report validation_loss")
     prompts = prompts_of(spec, plan)
+    if wanted(spec):
+        judges(spec)  # trials would look for them when they are trained
     root.require_swap()
     watch({"kind": "phase", "text": "starting Ray"})
     cluster.join(max(scale.most_workers for scale in scales(spec, training)))
@@ -201,12 +203,19 @@ class Driver:
 
     def _tune_and_count(self) -> str:
         """The same, its seconds added to the record's."""
-        began = time.monotonic()
+        self.began, self.before = time.monotonic(), self.record.seconds
         self._settle(INTERRUPTED)  # trials of a driver that was killed run no more, and cost no more
         try:
             return self._tune()
         finally:
-            self.record = replace(self.record, seconds=self.record.seconds + time.monotonic() - began)
+            self.record = self._counted()
+
+    def _counted(self) -> SearchRecord:
+        return replace(self.record, seconds=self.before + time.monotonic() - self.began)
+
+    def _note(self) -> None:
+        """Now and then, so that the hours of a driver that is killed count."""
+        records.write(self.store, replace(self._counted(), nodes=tuple(self.timeline.rows)))
 
     def _tune(self) -> str:
         """Run the trials; what ended them: "trials" (all are over), the budget's field, or INTERRUPTED."""
@@ -231,7 +240,7 @@ class Driver:
             real=self.real,
         )
         budget = Budget(self.spec.budget, self.store, self.record.seconds)
-        progress = Progress(self.spec, budget, self.watch, self.store, self.lost)
+        progress = Progress(self.spec, budget, self.watch, self.store, self.lost, self._note)
         with tempfile.TemporaryDirectory(prefix="raysd-tune-") as scratch, signals_given_back():
             tuner = tune.Tuner(
                 tune.with_resources(
@@ -351,7 +360,7 @@ class Driver:
             changes.pop("optim.steps", None)
             changes["optim.epochs"] = best["epoch"]
         spec = override(self.training, {**changes, "publish.model": None, "publish.alias": None})
-        name = f"{trial.run}-all"
+        name = f"{trial.run}-all-{best['epoch']:g}"
         if not train(spec, name, self.root, self.watch).finished:
             raise TrainingFailed(f"run {name} was interrupted; the same command with --retrain goes on")
         return name

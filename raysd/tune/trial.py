@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-import torch
 from ray import tune
 
 from raysd import cluster
@@ -79,7 +78,6 @@ class SearchTrial(tune.Trainable):
         os.environ[GROWS_TO] = job.grows_to  # this process's environment is that of its node
         if job.here and not job.gpus:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where there are some nevertheless, they are others'
-        self.threads = torch.get_num_threads()
         self.spent = False
         self.next: dict[str, Any] | None = None  # the values of the trial that this process goes on to
         self._begin(config)
@@ -161,7 +159,6 @@ class SearchTrial(tune.Trainable):
 
     def _train(self) -> None:
         gc.collect()  # models are in circles, and the last trial's may be here
-        torch.set_num_threads(self.threads)  # of the threads that begin after this: those that read ahead have one each
         plan = Plan.load(self.store.child(records.PLAN)) if self.job.shared_plan else None
         try:
             outcome = self._train_alone(plan)
@@ -206,7 +203,6 @@ class SearchTrial(tune.Trainable):
             return {}
         arguments = (self.job.spec, self.spec, self.job.root, self.record.run, self.job.prompts, self.job.real)
         if self.job.here:
-            torch.set_num_threads(self.threads)
             return score_run(*arguments)
         workers = {"num_cpus": self.spec.scale.cpus or 1, "num_gpus": min(1, self.record.gpus)}
         task = ray.remote(**workers, scheduling_strategy="DEFAULT")(score_run)  # not in this process's group of no CPU

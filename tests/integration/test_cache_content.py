@@ -1,5 +1,10 @@
 """What an edit costs: an edited caption encodes no picture again, an edited picture no caption; and pairs stay pairs."""
 
+import math
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,10 +13,12 @@ from raysd.data.cache import TensorCache
 from raysd.data.dataset import prepare
 from raysd.data.sampler import Sampler
 from raysd.diffusion import sample_posterior
+from raysd.errors import TrainingFailed
 from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train import encode
 from raysd.train.batches import Batches, Source, draw_randomness
+from raysd.train.encode import PictureEncoder
 from raysd.train.plan import captions, make_plan
 from tests.pictures import photo
 
@@ -138,6 +145,8 @@ def test_the_thread_that_reads_ahead_has_no_pool_of_threads(world):
     try:
         batches = Batches(plan.train, plan.empty, source, Sampler(6, 6, seed=0), schedule, spec, 0, 1)
         assert batches._reader.submit(torch.get_num_threads).result() == 1
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 2, "nor does one that computes later lose its own"
         assert torch.get_num_threads() == 2, "the model keeps its own"
     finally:
         torch.set_num_threads(before)
@@ -176,3 +185,19 @@ def test_09_samples_have_noise_of_their_own_on_every_rank_and_the_same_at_every_
     assert all(not torch.equal(alone[a], alone[b]) for a in range(6) for b in range(a))
     assert torch.equal(noise(2), alone)
     assert torch.equal(noise(3), alone)
+
+
+def test_08_an_autoencoder_that_gives_nan_is_said_and_nothing_of_it_is_kept(tiny_base, tmp_path):
+    """SDXL's does in fp16: latents that are no numbers would train the denoiser to draw none."""
+    spec = load(
+        TrainingSpec, {"base": str(tiny_base), "data": {"source": "x", "resolution": 64}, "optim": {"steps": 1}}
+    )
+    encoder = PictureEncoder(str(tmp_path), str(tiny_base), "cache/latents/x", spec)
+    moments = torch.zeros(2, 8, 8, 8)
+    moments[1, 3, 2, 2] = math.nan
+    encoder.family = SimpleNamespace(moments=lambda *_: moments)
+    encoder._pixels = lambda rows, n: torch.zeros(3, 64, 64)
+    rows = {"key": np.array(["a", "b"], dtype=object), "path": np.array(["1.png", "2.png"], dtype=object)}
+    with pytest.raises(TrainingFailed, match=r"2\.png: the autoencoder of .* gives NaN"):
+        encoder(rows)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -240,7 +240,7 @@ def test_a_canary_draws_its_share_and_users_stay(service: Service) -> None:
 def test_replicas_die_the_database_restarts_and_nothing_is_lost_or_doubled(
     service: Service, postgres: Postgres
 ) -> None:
-    """64 clients, and the alias moves meanwhile. Each accepted prediction ends once, with the picture of the version that it had."""
+    """64 clients, and the alias moves meanwhile. Each accepted prediction ends once, with its own version's picture."""
     wish, clients = {"num_inference_steps": 20}, 64
     first, second = (version.ref for version in service.versions[:2])
     service.until(first)

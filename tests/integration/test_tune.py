@@ -131,7 +131,23 @@ def test_a_search_whose_driver_was_killed_goes_on_and_runs_no_finished_trial_aga
     wait_until(nothing_is_held, seconds=30)
 
 
-@pytest.mark.soak
+@pytest.mark.long
+def test_median_stopping_with_random_settings_ends_and_stops_nobody_early(recipe, ray_address, tmp_path):
+    """Two at once, of the searcher and the scheduler that no other search here has."""
+    space = {"optim.lr": {"kind": "loguniform", "low": 1e-6, "high": 1e-2}}
+    tables = {"searcher": {"kind": "random"}, "scheduler": {"kind": "median", "every": 2, "grace": 2}}
+    file = search_file(tmp_path, recipe, space, **tables, budget={"trials": 4})
+    words = ["--name", "median", "--concurrent", "2", "--optim.steps", "12", "--json"]
+    body = json_of(raysd("tune", str(file), *words, storage=tmp_path / "store", address=ray_address))
+    assert (body["status"], body["ended_by"], body["versions"]) == ("finished", "trials", ["cats@1"])
+    assert len({trial["values"]["optim.lr"] for trial in body["trials"]}) == 4
+    assert {trial["status"] for trial in body["trials"]} <= {"finished", "stopped"}
+    assert all(trial["reports"][-1]["epoch"] >= 2 for trial in body["trials"])
+    assert "finished" in {trial["status"] for trial in body["trials"]}
+    wait_until(nothing_is_held, seconds=30)
+
+
+@pytest.mark.long
 def test_optuna_goes_on_with_what_it_was_told_and_publishes_the_front(recipe, ray_address, tmp_path):
     """Two objectives, and the driver killed after the first trial that finished: it is not run again, and it counts."""
     store, objective = tmp_path / "store", ["validation_loss", "seconds"]

@@ -12,7 +12,8 @@ from raysd.cli.specs import recipe_of
 from raysd.config import SearchSpec, load, override
 from raysd.config.search import BudgetSpec
 from raysd.storage import Storage
-from raysd.tune import nodes, records
+from raysd.tune import follow, nodes, records
+from raysd.tune import search as searching
 from raysd.tune.follow import Budget, Progress, signals_given_back
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import SearchRecord, TrialRecord
@@ -149,6 +150,29 @@ def driver_of(tmp_path, body):
     plan, room = SimpleNamespace(train=(0, 1, 2, 3)), Room(2, 1, 0)
     store, record = records.storage_of(root, "s"), SearchRecord("s", {}, {})
     return Driver(spec, recipe_of("lora-demo"), record, root, store, plan, (), room, print, threading.Event())
+
+
+def test_the_hours_of_a_driver_that_is_killed_count(tmp_path, monkeypatch):
+    """Else a budget of hours would begin again with each of them."""
+    monkeypatch.setattr(follow, "NOTE_SECONDS", 0.0)
+    driver = driver_of(tmp_path, {"recipe": "lora-demo", "space": {"optim.lr": CHOICE}, "budget": {"trials": 1}})
+    driver.timeline = SimpleNamespace(rows=[(0.0, 1)])
+    driver.record, driver.before, driver.began = replace(driver.record, seconds=50.0), 50.0, time.monotonic() - 7
+    Progress(driver.spec, None, print, driver.store, driver.lost, driver._note).on_step_begin(1, [])
+    kept = records.read(Storage(str(tmp_path)), "s")
+    assert kept.seconds == pytest.approx(57, abs=2)
+    assert kept.nodes == ((0.0, 1),)
+
+
+def test_the_best_on_all_pictures_is_a_run_for_each_number_of_epochs(tmp_path, monkeypatch):
+    """A search that goes on may find another number, and the run of the former one is another run."""
+    names = []
+    body = {"recipe": "lora-demo", "space": {"optim.lr": CHOICE}, "budget": {"trials": 1}}
+    monkeypatch.setattr(searching, "train", lambda spec, name, *_: names.append(name) or SimpleNamespace(finished=True))
+    for epoch in (1.5, 4.0):
+        reports = ({"step": 3, "epoch": epoch, "validation_loss": 0.1},)
+        driver_of(tmp_path, body)._retrain(TrialRecord("k", {"optim.lr": 2}, "s-k", "finished", reports=reports))
+    assert names == ["s-k-all-1.5", "s-k-all-4"]
 
 
 @pytest.mark.parametrize(

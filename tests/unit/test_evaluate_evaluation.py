@@ -4,21 +4,26 @@ import io
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from raysd.cli import evaluate as cli
 from raysd.config import EvaluationSpec
+from raysd.data.dataset import prepare
 from raysd.errors import DataError, NotFound, RequestError, SpecError
-from raysd.evaluate.evaluation import evaluate, spec_of
+from raysd.evaluate.evaluation import _public, _Work, evaluate, spec_of
 from raysd.evaluate.kept import of_version
 from raysd.evaluate.report import Training, page, table
 from raysd.references import identity, locate
 from raysd.registry import Registry
 from raysd.storage import Storage
+from raysd.train import runs
 
 MARKUP = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 
@@ -210,3 +215,43 @@ def test_losses_of_models_that_predict_different_things_are_not_compared(tiny_ba
     assert [score.name for score in found.differences] == ["clip_score"]
     assert any(line.startswith("validation losses are not compared") for line in found.warnings)
     assert any(line.startswith("no diversity") for line in found.warnings)
+
+
+@pytest.mark.parametrize("known", [None, "same", "other"])
+def test_losses_of_pictures_that_one_may_have_seen_are_not_compared(tiny_pictures, storage, known):
+    """A version that was trained on all pictures, or before the folder changed."""
+    spec = spec_of("tiny-sd", str(tiny_pictures), {}, storage)
+    dataset = prepare(spec.data, storage, lambda *_: None)
+    digest = {"same": dataset.digest, "other": "0" * 64}.get(known)
+    version = SimpleNamespace(record={"data_digest": digest}) if known else None
+    work = _Work(spec, storage, print, (), SimpleNamespace(name="", scale=1), SimpleNamespace(name=""), dataset)
+    work.alike, work.other_split = True, []
+    if work._learnt_otherwise(SimpleNamespace(ref="cats@2", version=version)):
+        work.other_split.append("cats@2")
+    assert any("cats@2 was trained on other pictures, or another split" in text for text in work._warnings()) is (
+        known == "other"
+    )
+    drawn = SimpleNamespace(images=torch.ones(2, 3), texts=torch.ones(2, 3))
+    errors = np.ones((3, 4, 2))
+    compared = [score.name for score in work._differences([drawn, drawn], [(errors, None)] * 2)]
+    assert ("validation_loss" in compared) is (known != "other")
+
+
+def test_what_is_kept_of_a_source_has_no_secret(tiny_pictures, storage):
+    spec = spec_of("tiny-sd", str(tiny_pictures), {}, storage)
+    secret = "https://user:word@host.test/x.zip?X-Amz-Signature=deadbeef"
+    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"source": secret})})
+    assert _public(spec)["data"]["source"] == "https://host.test/x.zip"
+
+
+def test_a_version_is_shown_with_its_own_run_alone(tmp_path, monkeypatch):
+    """A run's name is free when the run is deleted."""
+    storage = Storage(str(tmp_path))
+    first = runs.RunRecord("zorbs", {})
+    monkeypatch.setattr(cli, "open_storage", lambda: storage)
+    made = SimpleNamespace(record={"run": {"name": "zorbs", "id": first.id}})
+    monkeypatch.setattr(cli, "open_registry", lambda: SimpleNamespace(resolve=lambda ref: made))
+    runs.write(runs.storage_of(storage, "zorbs"), first)
+    assert cli._training("zorbs@1").run == "zorbs"
+    runs.write(runs.storage_of(storage, "zorbs"), runs.RunRecord("zorbs", {}))
+    assert cli._training("zorbs@1") is None

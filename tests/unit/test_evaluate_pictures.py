@@ -10,7 +10,7 @@ from raysd.config import EvaluationSpec
 from raysd.draw import Request, draw
 from raysd.errors import NotFound, RequestError
 from raysd.evaluate import pictures
-from raysd.evaluate.pictures import Album, Crew, Painter, crew, draw_album
+from raysd.evaluate.pictures import Album, Crew, Painter, crew, draw_album, takes_ray
 from raysd.evaluate.prompts import BUNDLED, Prompt, read_prompts
 from raysd.references import locate
 from raysd.storage import Storage
@@ -30,6 +30,27 @@ def storage(tmp_path):
 @pytest.fixture
 def located(tiny_base, storage):
     return locate(str(tiny_base), storage)
+
+
+@pytest.mark.parametrize(
+    ("workers", "cores", "gpus", "ray"),
+    [
+        (0, 64, 8, False),
+        (1, 2, 0, True),
+        (None, 2, 0, False),
+        (None, 7, 1, False),
+        (None, 8, 0, True),
+        (None, 4, 2, True),
+    ],
+)
+def test_one_worker_on_a_machine_of_its_own_is_this_process(monkeypatch, workers, cores, gpus, ray):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert takes_ray(workers) is ray
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert takes_ray(workers) is (workers != 0)
 
 
 def test_pictures_do_not_depend_on_the_batch_and_are_those_of_generate(located, storage, tmp_path):

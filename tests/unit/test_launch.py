@@ -22,6 +22,7 @@ from raysd.train.launch import Launch, preview, train
 from raysd.train.link import Link, Reporter
 from raysd.train.runs import RunRecord
 from tests.base import toml
+from tests.versions import safetensors
 
 
 @pytest.fixture
@@ -161,6 +162,27 @@ def test_secrets_of_urls_stay_in_the_record(root, spec, monkeypatch):
         assert "https://host.test/x.zip" in str(shown)
         assert not [word for word in ("word@", "user", "deadbeef") if word in str(shown)]
     assert runs.read(root, "run").training_spec() == asked
+
+
+def test_a_run_that_goes_on_is_published_again_and_a_finished_one_once(root, spec, monkeypatch, tmp_path):
+    """As a trial does that a budget cut short: under the former key the registry would give the old weights back."""
+    from raysd.train import publish as publishing
+
+    def write(run, chosen, spec, located, out):
+        (out / "weights.safetensors").write_bytes(safetensors(chosen.step))
+
+    asked = override(spec, {"publish.model": "cats"})
+    record = begun(root, asked)
+    located = SimpleNamespace(version=None, family=SimpleNamespace(name="sd"), ref="tiny-sd")
+    plan = SimpleNamespace(base_digest="", data_digest="", train=[], validation=[])
+    monkeypatch.setattr(publishing, "write_files", write)
+    found = []
+    for step in (3, 10, 10):
+        chosen = SimpleNamespace(step=step, progress=launch.Progress())
+        monkeypatch.setattr(publishing, "chosen_checkpoint", lambda *_, chosen=chosen: chosen)
+        version = publishing.publish(record, asked, root, runs.storage_of(root, "run"), located, plan)
+        found.append((version.ref, version.record["run"]["step"]))
+    assert found == [("cats@1", 3), ("cats@2", 10), ("cats@2", 10)]
 
 
 class Wire:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from raysd.cli.specs import grounded_search
 from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
 from raysd.errors import NotFound, RaysdError, RequestError, SpecError
 from raysd.storage import Storage
@@ -264,6 +265,38 @@ def test_a_search_goes_on_with_a_larger_budget(tmp_path, training, monkeypatch):
     monkeypatch.setattr("raysd.tune.search.check_space", lambda *_: pytest.fail("it goes on"))
     with pytest.raises(pytest.fail.Exception, match="it goes on"):
         search(override(spec, {"budget.trials": 9, "concurrent": 2}), training, "s", root, print)
+
+
+def test_a_judge_that_is_not_there_is_said_before_a_trial_is_trained(tiny_base, tiny_pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("raysd.cluster.join", lambda most: pytest.fail("it went on"))
+    data = {"source": str(tiny_pictures), "resolution": 64, "validation": 0.3}
+    asked = load(TrainingSpec, {"base": str(tiny_base), "data": data, "optim": {"steps": 2}})
+    spec = spec_of(objective="clip_score", scheduler={"kind": "none"}, evaluation={"clip": str(tmp_path / "absent")})
+    root = tmp_path / "store"
+    with pytest.raises(NotFound, match="absent"):
+        search(spec, asked, "s", Storage(str(root)), lambda event: None)
+    assert not list(root.rglob("*.json"))
+
+
+def test_what_trials_are_judged_with_means_what_it_meant_where_the_command_was_typed(tmp_path, monkeypatch):
+    """Ray runs each trial in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    spec = grounded_search(spec_of(evaluation={"clip": "./my-clip", "prompts": "prompts.txt"}))
+    found = (spec.evaluation.clip, spec.evaluation.prompts, spec.evaluation.inception)
+    assert found == (str(tmp_path / "my-clip"), str(tmp_path / "prompts.txt"), None)
+
+
+def test_a_searchs_secrets_are_not_shown(training, monkeypatch):
+    from raysd.cli import tune
+
+    told = []
+    monkeypatch.setattr(tune, "show", lambda body, *_: told.append(json.dumps(body)))
+
+    asked = override(training, {"data.source": "https://user:word@host.test/x.zip?X-Amz-Signature=deadbeef"})
+    record = SearchRecord("s", spec_of().model_dump(mode="json"), asked.model_dump(mode="json"))
+    tune._show_search(record, [], as_json=True)
+    assert "https://host.test/x.zip" in told[0]
+    assert not [word for word in ("word@", "deadbeef") if word in told[0]]
 
 
 def test_what_the_command_says_goes_before_what_the_file_says(tmp_path, monkeypatch):

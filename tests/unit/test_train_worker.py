@@ -1,13 +1,17 @@
-"""What a worker that ran out of memory says: which errors mean that, and what to try next."""
+"""What a worker does besides its steps: what it says where memory ran out, notices, validation."""
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from raysd.config import TrainingSpec, load, override
+from raysd.train import validate
 from raysd.train.memory import is_out_of_memory, memory_advice
+from raysd.train.worker import Worker
 
 SPEC = load(
     TrainingSpec,
@@ -72,3 +76,33 @@ def test_the_advice_names_the_machine_the_request_and_settings_that_can_be_given
 
 def test_an_error_without_words_is_still_told():
     assert ": out of memory\n" in memory_advice(SPEC, MemoryError())
+
+
+def test_a_trial_that_is_its_own_worker_hears_that_its_node_is_taken_away(monkeypatch):
+    """Ray Train's local mode has no watcher."""
+    from ray._private.state import state
+
+    worker = Worker.__new__(Worker)
+    worker.job = SimpleNamespace(here=True)
+    told: list[str] = []
+    worker.leaving, worker._report = set(), lambda kind, text: told.append(text)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "mine"))
+    draining = {"another": 0}
+    monkeypatch.setattr(state, "get_draining_nodes", lambda: draining)
+    assert not worker._notice()
+    draining["mine"] = 0
+    assert worker._notice()
+    assert not worker._notice(), "it was answered with a checkpoint"
+    assert len(told) == 1
+
+
+def test_a_long_validation_is_not_taken_for_a_hang(monkeypatch):
+    """It may have thousands of passes, all before the first step."""
+    monkeypatch.setattr(validate, "_batch", lambda pairs, *_: SimpleNamespace(to=lambda device: pairs))
+    engine = SimpleNamespace(world=1, rank=0, device="cpu", module=torch.nn.Identity())
+    method = SimpleNamespace(loss=lambda engine, batch, schedule, spec: torch.ones(len(batch)))
+    schedule, spec = SimpleNamespace(alphas_cumprod=range(1000)), override(SPEC, {"optim.batch_size": 2})
+    beats: list[int] = []
+    loss = validate.validation_loss(engine, method, ["a"] * 6, None, schedule, spec, lambda: beats.append(1))
+    assert loss == 1.0
+    assert len(beats) == 6 * spec.validation.timesteps / 2

@@ -5,7 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from raysd.cli.specs import recipe_of
 from raysd.config import SearchSpec, load, override
@@ -168,30 +167,6 @@ def test_after_a_trial_that_failed_the_next_one_has_a_fresh_process(job, monkeyp
             tried.step()
     else:
         assert tried.step()["validation_loss"] == 0.5
-
-
-def test_each_trial_of_a_process_computes_with_all_its_threads(job, monkeypatch):
-    """The threads that read ahead leave torch's default at one."""
-    threads, before = [], torch.get_num_threads()
-
-    def reads_ahead(*_):
-        threads.append(torch.get_num_threads())
-        reader = threading.Thread(target=torch.set_num_threads, args=(1,))
-        reader.start()
-        reader.join()
-        return SimpleNamespace(finished=False)
-
-    try:
-        torch.set_num_threads(2)
-        monkeypatch.setattr(trial, "train", reads_ahead)
-        tried = SearchTrial.__new__(SearchTrial)
-        tried.setup(VALUES, replace(job, here=True))
-        tried.step()
-        tried.reset_config({"optim.lr": 2e-3})
-        tried.step()
-    finally:
-        torch.set_num_threads(before)
-    assert threads == [2, 2]
 
 
 def test_a_trial_that_is_its_own_worker_scores_its_pictures_itself(job, monkeypatch):
