@@ -22,6 +22,7 @@ from alembic.util import CommandError
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnection
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from raysd.errors import RequestError, StorageError
@@ -32,6 +33,15 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 FILE = "raysd.db"
 BUSY = 30.0
 """Seconds for which a writer waits for another one on SQLite."""
+SILENT = {
+    "connect_timeout": 10,
+    "tcp_user_timeout": 15_000,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+}
+"""How long PostgreSQL may say nothing (libpq's words: milliseconds, else seconds) where the URL does not say: a host that
+is cut off closes no connection."""
 MIGRATION_LOCK = 0x7261797364
 """The advisory lock on PostgreSQL that a migration holds: "raysd" in ASCII."""
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
@@ -135,13 +145,13 @@ class Database:
         """Failures of the database itself leave as StorageError, with `every` further kind; the rest as they are."""
         try:
             yield
-        except (DBAPIError, sqlite3.Error) as error:
-            kinds = (OperationalError, InterfaceError, sqlite3.Error, every)
+        except (DBAPIError, sqlite3.Error, NoConnection) as error:
+            kinds = (OperationalError, InterfaceError, sqlite3.Error, NoConnection, every)
             if isinstance(error, kinds) or type(error) is DatabaseError:
                 raise StorageError(f"database {self.name}: {self._reason(error)}: {REMEDY}") from error
             raise
 
-    def _reason(self, error: DBAPIError | sqlite3.Error) -> str:
+    def _reason(self, error: DBAPIError | sqlite3.Error | NoConnection) -> str:
         cause = error.orig if isinstance(error, DBAPIError) else error
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
         secrets = (self._url.password, *_texts(self._url.query.get("password")))
@@ -211,7 +221,9 @@ def _engine(url: URL) -> Engine:
         event.listen(engine, "begin", _on_begin)
         return engine
     try:
-        return create_engine(url, pool_pre_ping=True)  # a server that was restarted is noticed before the query
+        silent = {name: value for name, value in SILENT.items() if name not in url.query}
+        # A server that was restarted is noticed before the query.
+        return create_engine(url, pool_pre_ping=True, connect_args=silent)
     except ModuleNotFoundError:
         raise RequestError("PostgreSQL needs its driver: pip install 'raysd[postgres]'") from None
 

@@ -1,4 +1,7 @@
-"""A Ray cluster as somebody else's: a dashboard that wants a token, a head that takes no work, and a node that does."""
+"""A Ray cluster as somebody else's: a dashboard that wants a token, a head that takes no work, and a node that does.
+
+Or a single node with a dashboard for everybody on this machine.
+"""
 
 import os
 import shutil
@@ -34,20 +37,9 @@ def secured(folder: Path, cpus: int, **environment: str) -> Iterator[Secured]:
     """Started with ports and a session folder of its own, ended by pid. The node has a desk and stands in the attic."""
     token_file = folder / "token"
     token_file.write_text(uuid.uuid4().hex + uuid.uuid4().hex)
-    # A socket's path may have 107 characters: the session lies under a short name.
-    scratch = Path("/tmp") / f"raysd-{uuid.uuid4().hex[:8]}"
-    values = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "AWS_"))}
-    values |= {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        **environment,
-    }
-    gcs, dashboard = free_port(), free_port()
-    head = ["--head", f"--port={gcs}", "--num-cpus=0", "--include-dashboard=true", f"--dashboard-host={HOST}"]
-    head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}", f"--temp-dir={scratch}"]
+    scratch, gcs, dashboard = _scratch(), free_port(), free_port()
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+    values, head = _environment(**access | environment), _head(gcs, dashboard, 0, scratch)
     node = [f"--address={HOST}:{gcs}", f"--num-cpus={cpus}", '--resources={"desk": 1}', "--labels=room=attic"]
     log = (folder / "nodes.log").open("w")
     started: list[subprocess.Popen[bytes]] = []
@@ -61,6 +53,41 @@ def secured(folder: Path, cpus: int, **environment: str) -> Iterator[Secured]:
         _end(started, str(scratch))
         log.close()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def single(folder: Path, cpus: int, **environment: str) -> Iterator[str]:
+    """The URL of the dashboard of one node, which wants no token. Ended by pid."""
+    scratch, dashboard, log = _scratch(), free_port(), (folder / "nodes.log").open("w")
+    head, values = _head(free_port(), dashboard, cpus, scratch), _environment(RAY_AUTH_MODE="disabled", **environment)
+    started = [_start(head, values, log)]
+    try:
+        _wait(started[0], f"http://{HOST}:{dashboard}", "none", folder / "nodes.log")
+        yield f"http://{HOST}:{dashboard}"
+    finally:
+        _end(started, str(scratch))
+        log.close()
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch() -> Path:
+    """A session folder of its own. A socket's path may have 107 characters: it lies under a short name."""
+    return Path("/tmp") / f"raysd-{uuid.uuid4().hex[:8]}"
+
+
+def _environment(**more: str) -> dict[str, str]:
+    values = {name: value for name, value in os.environ.items() if not name.startswith(("RAY", "AWS_"))}
+    return values | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        **more,
+    }
+
+
+def _head(gcs: int, dashboard: int, cpus: int, scratch: Path) -> list[str]:
+    head = ["--head", f"--port={gcs}", f"--num-cpus={cpus}", "--include-dashboard=true", f"--dashboard-host={HOST}"]
+    return [*head, f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}", f"--temp-dir={scratch}"]
 
 
 def _end(started: "list[subprocess.Popen[bytes]]", scratch: str) -> None:

@@ -35,7 +35,7 @@ def serve(
     if public:
         spec = override(spec, {"public": True})
     where = host or http.get("host") or "127.0.0.1", port or http.get("port") or 8000
-    run(spec, *where, lambda url: out.print(url, soft_wrap=True), http.get("location") or "HeadOnly")
+    run(spec, *where, lambda url: out.print(url, soft_wrap=True), http)
 
 
 @app.command()

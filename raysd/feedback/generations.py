@@ -13,10 +13,11 @@ from raysd.database import Clock, Database
 from raysd.errors import NotFound
 from raysd.feedback.tables import FeedbackRow, GenerationRow
 from raysd.patience import Patient
+from raysd.serve.tables import PredictionRow
 from raysd.storage import Storage
 
 FOLDER = "generated"
-"""Pictures lie in generated/YYYY-MM-DD/, by the day (UTC) on which they were drawn."""
+"""Pictures lie in generated/YYYY-MM-DD/, by the day (UTC) of their prediction, whose id their names begin with."""
 AT_ONCE = 200
 """Files that are removed between two looks at the database."""
 
@@ -86,21 +87,27 @@ class Generations:
     def strays(self, before: str) -> int:
         """Remove pictures of days before `before` (YYYY-MM-DD) that no generation names: who drew them lost the claim.
 
+        Only those of predictions that this database holds: others are another service's, whose store this is too.
         Choose a day so long ago that nothing of it is being drawn.
         """
         folders = [entry.path for entry in self._storage.list(FOLDER, recursive=False) if entry.path.endswith("/")]
         old = [folder for folder in folders if folder.split("/")[-2] < before]
         paths = [entry.path for folder in old for entry in self._storage.list(folder)]
-        named: set[str | None] = set()
+        removed = 0
         for start in range(0, len(paths), AT_ONCE):
-            named |= self._named(paths[start : start + AT_ONCE])
-        for path in set(paths) - named:
-            self._storage.delete(path)
-        return len(set(paths) - named)
+            unnamed = self._unnamed(paths[start : start + AT_ONCE])
+            for path in unnamed:
+                self._storage.delete(path)
+            removed += len(unnamed)
+        return removed
 
-    def _named(self, paths: Sequence[str]) -> set[str | None]:
+    def _unnamed(self, paths: Sequence[str]) -> list[str]:
+        """Those of predictions here that no generation names."""
+        drawn_for = {path: path.rpartition("/")[2].partition("-")[0] for path in paths}
         named = select(GenerationRow.path).where(GenerationRow.path.in_(paths))
-        return self._patient.read(lambda session: {*session.scalars(named)})
+        known = select(PredictionRow.id).where(PredictionRow.id.in_(set(drawn_for.values())))
+        kept, here = self._patient.read(lambda session: ({*session.scalars(named)}, {*session.scalars(known)}))
+        return [path for path in paths if path not in kept and drawn_for[path] in here]
 
     def _remove(self, pictures: Sequence[tuple[str, str]]) -> None:
         """The files first: if this is cut short, the paths are still known."""

@@ -3,6 +3,7 @@
 Shapes: B pictures, C latent channels, h x w latent size, L tokens, D width of the text encoder.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,10 @@ class NoiseSchedule:
 
     alphas_cumprod: Tensor
     prediction: str
+
+
+OUT_OF_SHAPE = 6
+"""What a hundredth of a picture's aspect is worth in hundredths of its area, where multiples of `unit` cannot have both."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,20 @@ class Geometry:
                 fits = f"this model draws multiples of {self.unit} pixels; its own size is {self.size}"
                 raise RequestError(f"{name} {side}: {fits}")
         return self.channels, (height or self.size) // self.factor, (width or self.size) // self.factor
+
+    def like(self, width: int, height: int, most: int) -> tuple[int, int]:
+        """The size that a picture of so many pixels is drawn anew in: (width, height), neither above `most`.
+
+        It has about the picture's aspect, and about the model's own area but no more, as a service may allow no more.
+        """
+        aspect, sides = math.log(width / height), range(self.unit, most + 1, self.unit)
+        sizes = [(wide, high) for wide in sides for high in sides if wide * high <= self.size**2]
+
+        def far(size: tuple[int, int]) -> float:
+            wide, high = size
+            return OUT_OF_SHAPE * abs(math.log(wide / high) - aspect) - math.log(wide * high)
+
+        return min(sizes, key=far)
 
 
 class Family(Protocol):

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 
 from raysd.config.serving import ModelSpec, ServingSpec
-from raysd.errors import RequestError
+from raysd.errors import NotFound, RequestError
 from raysd.serve.replica import Replica
 from raysd.serve.scaling import POLICY
 
@@ -59,11 +59,19 @@ class Ingress:
 
 
 def build(spec: ServingSpec) -> Application:
-    """The application that a Serve config deploys. Raises RequestError for what cannot be served, before anything starts."""
+    """The application that a Serve config deploys. Raises RequestError for what cannot be served, before anything starts.
+
+    A model whose version was withdrawn or is damaged is left out, so that a cluster which starts again serves the others.
+    """
+    return compose(spec, whole=False)
+
+
+def compose(spec: ServingSpec, *, whole: bool) -> Application:
+    """The same; with `whole` such a model is refused too. Raises RequestError, IntegrityError."""
     from raysd.storage import Storage
 
     storage = Storage(spec.storage).url
-    _check(spec, storage)
+    _check(spec, storage, whole)
     keep = spec.retention_days * 86400
     replicas = {
         model.served_name: _deployment(model).bind(model, storage, spec.database, keep, spec.signers)
@@ -105,9 +113,10 @@ def _deployment(model: ModelSpec) -> serve.Deployment:
     )
 
 
-def _check(spec: ServingSpec, storage: str) -> None:
+def _check(spec: ServingSpec, storage: str, whole: bool) -> None:
     """What would fail later in a replica fails now, with its reason."""
     from raysd.database import Database
+    from raysd.registry.catalog import listings
     from raysd.serve.keys import Keys
     from raysd.serve.routes import Routes
     from raysd.storage import Storage
@@ -115,7 +124,12 @@ def _check(spec: ServingSpec, storage: str) -> None:
     store = Storage(storage)
     database = Database(spec.database, store)
     database.migrate()
-    Routes(store, spec.models).close()
+    routes = Routes(store, spec.models)
+    routes.close()
+    refs = {model.served_name: model.ref for model in spec.models}
+    for name, reason in routes.missing.items():
+        if whole or (isinstance(reason, NotFound) and refs[name] not in listings(store, "models")):
+            raise reason  # a name that was never there is a slip of whoever wrote it
     for model in spec.models:
         if model.safety is not None:
             from raysd.serve import safety

@@ -4,7 +4,7 @@ starting -> processing -> succeeded | failed | canceled        processing -> sta
 starting -> canceled | aborted                                 processing -> processing: the lease ended, another claims
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, or_, select, tuple_, update
@@ -26,21 +26,29 @@ LATE = "its deadline passed"
 
 
 def take(
-    session: Session, now: float, worker: str, model: str, id: str | None, most: int, ticket: str
+    session: Session,
+    now: float,
+    worker: str,
+    model: str,
+    id: str | None,
+    most: int,
+    ticket: str,
+    but: Collection[str] = (),
 ) -> Sequence[PredictionRow]:
-    """Claim the oldest that are free, shadows after all others.
+    """Claim the oldest that are free, shadows after all others, and none of `but`.
 
     What was claimed with the same ticket is what is claimed: its answer was lost.
     """
     of_model = PredictionRow.model == model
+    free = and_(_free(now), PredictionRow.id.not_in(but))
     mine = and_(PredictionRow.status == "processing", PredictionRow.ticket == ticket)
     if id is not None:
-        wanted = select(PredictionRow).where(PredictionRow.id == id, of_model, or_(mine, _free(now)))
+        wanted = select(PredictionRow).where(PredictionRow.id == id, of_model, or_(mine, free))
     else:
         rows = session.scalars(select(PredictionRow).where(of_model, mine)).all()
         if rows:
             return rows
-        wanted = select(PredictionRow).where(of_model, _free(now))
+        wanted = select(PredictionRow).where(of_model, free)
     shadows_last = PredictionRow.shadow_of.is_not(None), PredictionRow.created, PredictionRow.id
     wanted = wanted.order_by(*shadows_last).limit(most)
     rows = session.scalars(wanted.with_for_update(skip_locked=True)).all()
@@ -50,6 +58,12 @@ def take(
         row.status, row.worker, row.ticket, row.lease_end = "processing", worker, ticket, now + LEASE
         row.token, row.attempt, row.started = row.token + 1, row.attempt + 1, row.started or now
     return rows
+
+
+def oldest(session: Session, now: float, model: str) -> str | None:
+    """The id of the prediction, shadows aside, that has been free for a claim longest."""
+    free = select(PredictionRow.id).where(PredictionRow.model == model, _free(now), PredictionRow.shadow_of.is_(None))
+    return session.scalar(free.order_by(PredictionRow.created, PredictionRow.id).limit(1))
 
 
 def renew(session: Session, now: float, claims: Sequence[Claim]) -> set[str]:
@@ -89,8 +103,8 @@ def stop(session: Session, now: float, claim: Claim, status: Status, error: str 
     return True
 
 
-def release(session: Session, now: float, claim: Claim) -> Sequence[PredictionRow]:
-    """Give back what was not begun or cannot be finished: it waits again, and the attempt does not count.
+def release(session: Session, now: float, claim: Claim, *, counts: bool = False) -> Sequence[PredictionRow]:
+    """Give back what was not begun or cannot be finished: it waits again. `counts`: it was an attempt all the same.
 
     Returns the row if it was to be cancelled, and ended so.
     """
@@ -100,7 +114,8 @@ def release(session: Session, now: float, claim: Claim) -> Sequence[PredictionRo
     if row.cancel_requested:
         end(row, now, "canceled")
         return [row]
-    row.status, row.worker, row.ticket, row.lease_end, row.attempt = "starting", None, None, None, row.attempt - 1
+    row.status, row.worker, row.ticket, row.lease_end = "starting", None, None, None
+    row.attempt -= not counts
     return []
 
 

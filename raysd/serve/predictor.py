@@ -15,7 +15,7 @@ from torch import Tensor
 from raysd import diffusion
 from raysd.errors import RequestError
 from raysd.models import Family
-from raysd.serve.drawing import Drawing
+from raysd.serve.drawing import LARGEST_SIDE, Drawing
 from raysd.serve.samplers import KNOWN, Timetable, timetable
 from raysd.serve.torch_backend import Backend
 
@@ -61,17 +61,20 @@ class Predictor:
         """How many denoising steps a picture takes. Raises RequestError as `check` does."""
         return len(self._table(drawing).rows)
 
-    def check(self, drawing: Drawing) -> tuple[int, int, int]:
-        """The shape of the latents (C, h, w).
+    def check(self, drawing: Drawing, image: bytes | None = None) -> tuple[int, int, int]:
+        """The shape of the latents (C, h, w): of the size that was asked for, else like the picture's that it starts from.
 
         Raises RequestError for a size or sampler that the model has not, and for a model whose guidance is an input.
         """
         self._table(drawing)
-        return self.geometry.latents(drawing.width, drawing.height)
+        width, height = drawing.width, drawing.height
+        if image is not None and width is None and height is None:
+            width, height = self.geometry.like(*Image.open(io.BytesIO(image)).size, LARGEST_SIDE)
+        return self.geometry.latents(width, height)
 
     def begin(self, drawing: Drawing, image: bytes | None = None, mask: bytes | None = None) -> Sample:
         """The first picture of a drawing before its first step. Random numbers are drawn as diffusers' pipelines draw them."""
-        shape = self.check(drawing)
+        shape = self.check(drawing, image)
         guided = drawing.guidance > 1
         texts = self._embed([drawing.prompt, drawing.negative] if guided else [drawing.prompt])
         table = self._table(drawing)

@@ -1,6 +1,6 @@
 """Accepted requests in the database: the one way for work to reach a replica, whichever processes die meanwhile."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import func, or_, select, tuple_
@@ -35,6 +35,7 @@ class Queue:
         clock: Clock = sql.now,
     ) -> None:
         self._patient, self._keep, self._metrics = Patient(database, clock), keep_pictures, metrics or Metrics.off()
+        self._clock = clock
 
     @property
     def one_node(self) -> bool:
@@ -77,15 +78,23 @@ class Queue:
         page = page.order_by(PredictionRow.created.desc(), PredictionRow.id.desc())
         return self._patient.read(lambda session: rows.read(session, session.scalars(page).all()))
 
-    def claim(self, worker: str, model: str, *, id: str | None = None, most: int = 1) -> list[Claim]:
+    def claim(
+        self,
+        worker: str,
+        model: str,
+        *,
+        id: str | None = None,
+        most: int = 1,
+        but: Callable[[], Collection[str]] = tuple,
+    ) -> list[Claim]:
         """The right to work on the oldest of a model (or on `id` alone): those that wait, or whose lease has ended.
 
-        Shadows come after all others.
+        Shadows come after all others. `but` says which not to take; it is asked at each try, for the database may be away.
         """
         ticket = sql.new_id()
 
         def work(session: Session, now: float) -> list[Claim]:
-            taken = claims.take(session, now, worker, model, id, most, ticket)
+            taken = claims.take(session, now, worker, model, id, most, ticket, but())
             session.flush()
             tokens = [row.token for row in taken]
             return [Claim(p.id, t, p) for p, t in zip(rows.read(session, taken), tokens, strict=True)]
@@ -110,9 +119,9 @@ class Queue:
         """End what was asked to be cancelled. False as for `finish`."""
         return self._patient.write(lambda session, now: claims.stop(session, now, claim, "canceled"))
 
-    def release(self, claim: Claim) -> None:
-        """Give back at once, for another to claim, without counting as an attempt."""
-        self._ending(lambda session, now: claims.release(session, now, claim))
+    def release(self, claim: Claim, *, counts: bool = False) -> None:
+        """Give back at once, for another to claim. `counts`: as an attempt, of which there is a most."""
+        self._ending(lambda session, now: claims.release(session, now, claim, counts=counts))
 
     def cancel(self, id: str) -> Prediction:
         """Cancel at once what nobody works on; else ask its replica to. What has ended stays. Raises NotFound.
@@ -164,6 +173,10 @@ class Queue:
         unclaimed = PredictionRow.status == "starting", PredictionRow.shadow_of.is_(None)
         here = select(func.count()).where(PredictionRow.model == model, *unclaimed)
         return self._patient.read(lambda session: session.scalar(here) or 0)
+
+    def oldest(self, model: str) -> str | None:
+        """The id of the prediction of a model that has been free for a claim longest, but for shadows."""
+        return self._patient.read(lambda session: claims.oldest(session, self._clock(session), model))
 
     def in_flight(self, owner: str) -> int:
         """Predictions of an owner that have not ended."""

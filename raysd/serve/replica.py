@@ -124,6 +124,8 @@ class Replica:
             raise RuntimeError(f"no denoising step for {STUCK:.0f} s")
         if self._scheduler.not_finite >= NOT_FINITE:
             raise RuntimeError(f"{self._scheduler.not_finite} pictures in a row were not finite (NaN)")
+        if self._scheduler.broken:
+            raise RuntimeError(f"{len(self._scheduler.failing)} requests in a row failed with errors of the engine")
 
     def __del__(self) -> None:
         worker = getattr(self, "_worker", None)

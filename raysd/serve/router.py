@@ -122,7 +122,7 @@ class Router:
             prediction, fresh = await self._written(self._new(ask, target))
             tracing.note({"raysd.prediction": prediction.id, "raysd.fresh": fresh})
         if fresh:
-            self._call(prediction)
+            self._call(prediction.id, prediction.model)
         if fresh and not self._backlogs[ask.model].full:  # nobody would get to them
             for shadow in shadows:
                 task = asyncio.create_task(self._shadow(ask, shadow, prediction))
@@ -231,10 +231,11 @@ class Router:
         except Exception as error:
             log.warning("shadow of %s: %s", of.id, error)
 
-    def _call(self, prediction: Prediction) -> None:
-        task = asyncio.get_running_loop().create_task(self._called(prediction.id, prediction.model))
-        self._calls[prediction.id] = task
-        task.add_done_callback(lambda _: self._calls.pop(prediction.id, None))
+    def _call(self, id: str, model: str) -> None:
+        if id in self._calls:
+            return
+        self._calls[id] = asyncio.get_running_loop().create_task(self._called(id, model), name=model)
+        self._calls[id].add_done_callback(lambda _: self._calls.pop(id, None))
 
     async def _called(self, id: str, model: str) -> None:
         """Have a replica draw it, and another one if that is lost."""
@@ -278,6 +279,7 @@ class Router:
         while True:
             for model in self._backlogs:
                 await self._recount(model)
+                await self._adopt(model)
             await self._expire()
             await asyncio.sleep(COUNT)
 
@@ -296,6 +298,18 @@ class Router:
         except Exception as error:
             log.warning("the database could not be asked: %s", error)
             self.metrics.database_failed()
+
+    async def _adopt(self, model: str) -> None:
+        """Call for what waits longest, where none is called: who accepted it may be gone, and no replica starts uncalled."""
+        if any(task.get_name() == model for task in self._calls.values()):
+            return
+        try:
+            id = await asyncio.to_thread(self.queue.oldest, model)
+        except Exception as error:
+            log.warning("the database could not be asked: %s", error)
+            return
+        if id is not None:
+            self._call(id, model)
 
     async def _tidy(self) -> None:
         """Remove what retention no longer keeps, and what those left who lost their claim."""

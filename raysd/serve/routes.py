@@ -61,6 +61,9 @@ class Routes:
     A version that no replica could load is not switched to, as far as the store tells without a look at the weights:
     one with a file missing or cut off, one larger than `memory`, and with `signers` (public keys) one that none signed.
     With ONNX Runtime nor is one whose export was refused, or is not made yet where a replica is there to make it.
+
+    A model that has no version to begin with is left out until it has one, so that it does not keep the others from being
+    served. Raises RequestError or IntegrityError where none is left, StorageError for a store that is away.
     """
 
     def __init__(self, storage: Storage, models: Sequence[ModelSpec], signers: Sequence[str] = ()):
@@ -75,10 +78,13 @@ class Routes:
         """Told of each that waits for its export, at each look until it is there. May not take long."""
         self._sound: set[tuple[str, str]] = set()  # by served name, digests of versions that were checked
         self._routes: dict[str, Route] = {}
-        self._routes = {name: self._look(model) for name, model in self._models.items()}
-        for route in self._routes.values():
-            self._report(route, None)
         self._withdrawn: dict[str, Served] = {}  # by served name, what it was and why nothing draws it
+        self.missing: dict[str, RaysdError] = {}
+        """By served name, why a model had no version to begin with."""
+        for name in self._models:
+            self._begin(name)
+        if not self._routes:
+            raise next(iter(self.missing.values()))
         self._stop = threading.Event()
         threading.Thread(target=self._refresh, name="routes", daemon=True).start()
 
@@ -152,16 +158,26 @@ class Routes:
                 except RaysdError as error:  # what was known goes on being served
                     log.warning("%s: %s", name, error)
 
+    def _begin(self, name: str) -> None:
+        model = self._models[name]
+        try:
+            self._routes[name] = self._look(model)
+            self._report(self._routes[name], None)
+        except (RequestError, IntegrityError) as error:
+            self.missing[name] = error
+            self._leave_out(Served(name, model.ref, "", 0.0, model.loras), str(error))
+
     def _look_again(self, name: str) -> None:
         try:
             route = self._look(self._models[name])
-        except RequestError as error:
-            reason = self._withdrawal(name)
+        except (RequestError, IntegrityError) as error:
+            last = self._routes.get(name)
+            if last is None and isinstance(error, NotFound):  # there is still none, or the store looks empty
+                return
+            reason = str(error) if last is None else self._withdrawal(last)
             if reason is None:
                 raise
-            log.warning("%s: %s", name, error)
-            self._withdrawn = self._withdrawn | {name: replace(_served(name, self._routes[name]), withdrawn=reason)}
-            self._routes = {other: route for other, route in self._routes.items() if other != name}
+            self._leave_out(self._withdrawn[name] if last is None else _served(name, last), reason)
             return
         last, known, self._routes = self._routes.get(name), self.targets(), self._routes | {name: route}
         self._report(route, last)
@@ -185,12 +201,17 @@ class Routes:
         if needed > most and (last is None or route.bases != last.bases):
             log.warning("%s: its versions need `bases: %d`, and it is %d", name, needed, most)
 
-    def _withdrawal(self, name: str) -> str | None:
+    def _leave_out(self, last: Served, reason: str) -> None:
+        """Serve a model no more, until it has a version again."""
+        if reason != last.withdrawn:
+            log.warning("%s: is not served: %s", last.name, reason)
+        self._withdrawn = self._withdrawn | {last.name: replace(last, withdrawn=reason)}
+        self._routes = {name: route for name, route in self._routes.items() if name != last.name}
+
+    def _withdrawal(self, route: Route) -> str | None:
         """What the registry says of it if a model's version was withdrawn; a store that is away or empty says nothing."""
-        if name not in self._routes:
-            return None
         try:
-            self.registry.resolve(self._routes[name].deployed.ref)
+            self.registry.resolve(route.deployed.ref)
         except NotFound:
             return None
         except RequestError as error:

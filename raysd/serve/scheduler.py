@@ -28,6 +28,8 @@ FORGET = 0.1
 """Weight of the last step in the occupancy."""
 CALM = 50
 """Steps that fit, after which the batch may be a row larger again than what did not."""
+FAILING = 5
+"""Requests in a row that ended in errors nobody expects, after which it is not theirs but the engine's fault."""
 
 
 class Busy(RaysdError):
@@ -41,7 +43,8 @@ class Canceled(RaysdError):
 class Picture:
     """One picture to draw. `future` has it in the end; `preview(index, image)` is called from the scheduler's thread.
 
-    `label` is the version's name, for metrics. Raises RequestError for a drawing that the model cannot do.
+    `label` is the version's name, for metrics; pictures of one request have the same `request`. Raises RequestError for
+    a drawing that the model cannot do.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class Picture:
         deadline: float | None = None,
         preview: Callable[[int, Image.Image], None] | None = None,
         label: str = "",
+        request: str = "",
     ):
         self.predictor, self.drawing, self.adapter = predictor, drawing, adapter
         self.inputs = image, mask
-        self.deadline, self.preview, self.label = deadline, preview, label
+        self.deadline, self.preview, self.label, self.request = deadline, preview, label, request
         self.future: Future[Image.Image] = Future()
         self.sample: Sample | None = None
         self.admitted = self.ended = 0.0
@@ -118,6 +122,8 @@ class Scheduler:
         self._beat = time.monotonic()
         self.not_finite = 0
         """Pictures in a row, none finite between them, that were given up because they held NaN or infinity."""
+        self.failing: set[str] = set()
+        """Requests whose pictures ended in errors that nobody expects, and no picture was finished since."""
 
     def submit(self, pictures: Sequence[Picture]) -> None:
         """Take all of them or none. Raises Busy."""
@@ -142,6 +148,11 @@ class Scheduler:
     def stuck(self, seconds: float) -> bool:
         """Whether there was work and no turn for so long."""
         return self.load > 0 and time.monotonic() - self._beat > seconds
+
+    @property
+    def broken(self) -> bool:
+        """Whether the engine fails whatever it draws, as after an error that spoils CUDA for the whole process."""
+        return len(self.failing) >= FAILING
 
     def start(self) -> None:
         self._thread = threading.Thread(target=self._run, name="denoising", daemon=True)
@@ -294,6 +305,9 @@ class Scheduler:
             self.not_finite += 1
         elif isinstance(result, Image.Image):
             self.not_finite = 0
+            self.failing.clear()
+        elif not isinstance(result, RaysdError):
+            self.failing.add(picture.request)
         if not picture.future.set_running_or_notify_cancel():
             return
         if isinstance(result, BaseException):

@@ -10,7 +10,7 @@ import logging
 import queue as queues
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from raysd.draw import metadata
 from raysd.errors import NotFound, RaysdError, StorageError
 from raysd.feedback.generations import FOLDER
 from raysd.serve import tracing
+from raysd.serve.claims import MOST_ATTEMPTS
 from raysd.serve.drawing import Drawing
 from raysd.serve.finish import Finish
 from raysd.serve.metrics import Metrics, Outcome
@@ -42,6 +43,8 @@ RENEW = 2.0
 """Seconds between renewals, which also tell what was cancelled; a lease lasts several."""
 LOOK = 1.0
 """Seconds between looks for work that nobody was called for: left by the dead, or accepted while none was there."""
+LEFT = 2 * LOOK
+"""Seconds for which what failed here as nobody expects is left to other replicas."""
 
 Watch = Callable[[int, int, bytes], None]
 """Gets previews: the number of the picture, the preview's index, PNG."""
@@ -51,10 +54,10 @@ Due = queues.SimpleQueue[tuple[int, int, Image.Image] | None]
 
 @dataclass
 class Work:
-    """A claim that is being drawn. `watch` may come later than the claim."""
+    """A claim that is being drawn. `watches` may come later than the claim."""
 
     claim: Claim
-    watch: Watch | None
+    watches: list[Watch]
     ended: "Future[None]"
     pictures: Sequence[Picture] = ()
 
@@ -80,6 +83,9 @@ class Worker:
         self.queued = 0
         """Predictions of the model that nobody has claimed, when it was last looked."""
         self._claims: dict[str, Work] = {}
+        self._left: dict[str, float] = {}
+        """When what failed here may be claimed here again."""
+        self._renewed = time.monotonic()
         self._lock = threading.Lock()
         self._stop, self._room = threading.Event(), threading.Event()
         self._hands = ThreadPoolExecutor(most, thread_name_prefix="prediction")
@@ -109,17 +115,29 @@ class Worker:
         """
         with self._lock:
             if (work := self._claims.get(id)) is not None:
-                work.watch = watch or work.watch
+                work.watches += [watch] if watch else []
                 return work.ended
-        if self._stop.is_set() or self.in_work >= self.most:
+        if not self._may_claim or self.in_work >= self.most:
             return None
-        begun = [self._begin(claim, watch) for claim in self.queue.claim(self.name, self.model, id=id)]
+        claims = self.queue.claim(self.name, self.model, id=id, but=self._passed_over)
+        begun = [self._begin(claim, watch) for claim in claims]
         return begun[0] if begun else None
+
+    @property
+    def _may_claim(self) -> bool:
+        return not (self._stop.is_set() or self.scheduler.broken)
+
+    def _passed_over(self) -> Set[str]:
+        """What is drawn here, though its lease may have ended while the database was away; and what is left to others."""
+        now = time.monotonic()
+        with self._lock:
+            self._left = {id: until for id, until in self._left.items() if until > now}
+            return self._claims.keys() | self._left.keys()
 
     def _begin(self, claim: Claim, watch: Watch | None = None) -> "Future[None]":
         with self._lock:
             ended = self._hands.submit(self._traced, claim)
-            self._claims[claim.id] = Work(claim, watch, ended)
+            self._claims[claim.id] = Work(claim, [watch] if watch else [], ended)
         self.metrics.in_progress(self.model, self.in_work)
         return ended
 
@@ -154,7 +172,7 @@ class Worker:
             self._failed(claim, str(error))
         except Exception as error:
             log.exception("prediction %s failed", claim.id)
-            self._failed(claim, f"{type(error).__name__}: the service's log says more")
+            self._unexpected(claim, error)
         finally:
             with self._lock:
                 full = self.in_work >= self.most
@@ -176,6 +194,7 @@ class Worker:
                 deadline=prediction.deadline,
                 preview=partial(_put, due, number) if self.finish.previews else None,
                 label=prediction.ref,
+                request=prediction.id,
                 **inputs,
             )
             for number in range(drawing.count)
@@ -239,6 +258,15 @@ class Worker:
         if self._quietly(partial(self.queue.fail, claim, reason)):
             self._ended(claim.prediction, outcome)
 
+    def _unexpected(self, claim: Claim, error: Exception) -> None:
+        """It may be this replica's fault: another one tries, until as many tries were made as may be."""
+        if claim.prediction.attempt >= MOST_ATTEMPTS:
+            self._failed(claim, f"{type(error).__name__}: the service's log says more")
+            return
+        with self._lock:
+            self._left[claim.id] = time.monotonic() + LEFT
+        self._quietly(partial(self.queue.release, claim, counts=True))
+
     def _gave_up(self, claim: Claim) -> None:
         """Cancelled by its client or its deadline; or by us, because we stop or lost the claim."""
         if self._stop.is_set():
@@ -261,24 +289,27 @@ class Worker:
             return None
 
     def _tend(self) -> None:
-        renewed = time.monotonic()
         while not self._stop.is_set():
             self._room.wait(LOOK)
             self._room.clear()
             try:
-                if time.monotonic() - renewed >= RENEW:
-                    self._renew()
-                    renewed = time.monotonic()
-                self.queue.expire()
-                self.queued = self.queue.waiting(self.model)
-                if (room := self.most - self.in_work) > 0 and not self._stop.is_set():
-                    for claim in self.queue.claim(self.name, self.model, most=room):
-                        self._begin(claim)
+                self._look()
             except StorageError as error:
                 self.metrics.database_failed()
                 log.warning("%s", error)
             except Exception:
                 log.exception("the queue could not be tended")
+
+    def _look(self) -> None:
+        """Renew first, once the database answers: leases that ended while it was away are still ours if nobody was faster."""
+        self.queued = self.queue.waiting(self.model)
+        if time.monotonic() - self._renewed >= RENEW:
+            self._renew()
+            self._renewed = time.monotonic()
+        if (room := self.most - self.in_work) > 0 and self._may_claim:
+            for claim in self.queue.claim(self.name, self.model, most=room, but=self._passed_over):
+                self._begin(claim)
+        self.queue.expire()
 
     def _renew(self) -> None:
         """Renew all claims; what is not ours any more, or was cancelled, ends."""
@@ -299,12 +330,13 @@ class Worker:
     def _show(self, work: Work, due: Due) -> None:
         """Mark and encode previews, beside the scheduler's thread, until a picture has ended."""
         for number, index, image in iter(due.get, None):
-            if work.watch is None:
+            if not work.watches:
                 continue
             with suppress(Exception):  # whoever looks on does not disturb
                 body = io.BytesIO()
                 self.finish.marked(image, work.claim.prediction.digest).save(body, "PNG")
-                work.watch(number, index, body.getvalue())
+                for watch in work.watches:
+                    watch(number, index, body.getvalue())
 
 
 def _put(due: Due, number: int, index: int, image: Image.Image) -> None:

@@ -1,15 +1,11 @@
 """What an operator's Prometheus and Grafana read: checked by promtool, and tried on a real Prometheus that scrapes a real Ray."""
 
-import json
 import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlencode
-from urllib.request import urlopen
 
 import pytest
 import yaml
@@ -17,36 +13,14 @@ import yaml
 from raysd.serve.metrics import METRICS, Metrics
 from raysd.train import track
 from raysd.train.follow import TRACKED
-from tests.conftest import free_port
+from tests.prometheus import CONFIG, RULES, Prometheus, alerts, expressions, panels
 
-SERVE = Path(__file__).parents[2] / "serve"
-RULES, TESTS = SERVE / "prometheus" / "rules.yaml", SERVE / "prometheus" / "rules_test.yaml"
-CONFIG, DASHBOARD = SERVE / "prometheus" / "prometheus.yaml", SERVE / "grafana" / "dashboard.json"
+TESTS = RULES.with_name("rules_test.yaml")
 TRAINED = {"ray_raysd_train_step", "ray_raysd_train_slowest_lag"}
 EXPORTED = {name for metric in METRICS for name in metric.exported} | TRAINED
 OF_RAY = {"ray_node_disk_utilization_percentage"}
 LABELS = {"run", "model", "version", "outcome", "le", "WorkerId", "NodeAddress"}
 PATIENCE = 60
-
-
-def alerts() -> list[dict[str, Any]]:
-    return [rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]]
-
-
-def panels() -> list[dict[str, Any]]:
-    return list(json.loads(DASHBOARD.read_text())["panels"])
-
-
-def expressions() -> dict[str, str]:
-    """Every query by who asks it, Grafana's variables replaced."""
-    asked = {rule["alert"]: rule["expr"] for rule in alerts()}
-    for panel in panels():
-        for target in panel.get("targets", []):
-            asked[f"{panel['title']} {target['refId']}"] = target["expr"]
-    values = {"$__rate_interval": "1m", "$__range": "3h", "$model": ".*", "$version": ".*"}
-    for name, value in values.items():
-        asked = {who: expression.replace(name, value) for who, expression in asked.items()}
-    return asked
 
 
 def tell_everything(metrics: Metrics) -> None:
@@ -129,45 +103,6 @@ def test_what_happened_is_told_with_all_its_labels_and_no_other() -> None:
         assert bool(metric.buckets) == (metric.kind == "histogram")
         assert list(metric.buckets) == sorted(set(metric.buckets))
     tell_everything(Metrics.off())
-
-
-class Prometheus:
-    """A server with the rules of serve/ and one node of a Ray cluster to scrape."""
-
-    def __init__(self, folder: Path, target: str):
-        self.url = f"http://127.0.0.1:{free_port()}"
-        config = yaml.safe_load(CONFIG.read_text())
-        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-        config["rule_files"] = [str(RULES)]
-        config["scrape_configs"][0]["file_sd_configs"][0]["files"] = [str(folder / "nodes.json")]
-        (folder / "nodes.json").write_text(json.dumps([{"labels": {"job": "ray"}, "targets": [target]}]))
-        (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
-        where = ["--config.file", folder / "prometheus.yaml", "--storage.tsdb.path", folder / "tsdb"]
-        words = ["prometheus", *where, "--web.listen-address", self.url.removeprefix("http://")]
-        with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen([str(word) for word in words], stdout=log, stderr=log)
-
-    def ask(self, path: str, **values: str) -> Any:
-        """What the API answers; fails for a query that it refuses."""
-        with urlopen(f"{self.url}/api/v1/{path}?{urlencode(values)}", timeout=10) as answer:
-            body = json.load(answer)
-        assert body["status"] == "success"
-        return body["data"]
-
-    def names(self) -> set[str]:
-        try:
-            return set(self.ask("label/__name__/values"))
-        except OSError:
-            assert self.process.poll() is None, "prometheus ended"
-            return set()
-
-    def firing(self) -> set[str]:
-        rows = self.ask("query", query='ALERTS{alertstate="firing"}')["result"]
-        return {row["metric"]["alertname"] for row in rows}
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(timeout=30)
 
 
 @pytest.fixture

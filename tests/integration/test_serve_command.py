@@ -1,12 +1,16 @@
 """`raysd serve` as an operator runs it: a process that answers, is measured, and ends with all that it started."""
 
+import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -21,9 +25,14 @@ from raysd.storage import Storage
 from tests.adapters import publish_lora
 from tests.cluster import json_of, raysd, start
 from tests.conftest import free_port
+from tests.dashboard import single
+from tests.prometheus import Prometheus, expressions
 
 LOCAL = Path(__file__).parents[2] / "serve" / "local.yaml"
 PATIENCE = 180
+OF_VERSION = ("Requests by version A", "Duration A", "Pictures A", "One step A", "One step B", "Pictures a step A")
+"""Panels that show a version which draws, a line each."""
+OF_MODEL = ("Requests A", "Requests by outcome A", "95th percentile A", "Wait A", "Replicas A", "Models loaded A")
 
 
 class Running:
@@ -44,6 +53,14 @@ class Running:
                         labels = sample.labels
                         found.setdefault(sample.name, set()).add((labels.get("model", ""), labels.get("version", "")))
         return found
+
+    def metrics_port(self) -> int | None:
+        """Where Ray's agent exports what is ours, once it does."""
+        for port in self._ports():
+            with suppress(httpx.HTTPError):
+                if "ray_raysd_images_total" in httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=5).text:
+                    return port
+        return None
 
     def _ports(self) -> Iterator[int]:
         """Where Ray's agent listens: it tells nobody outside which port is the one of the metrics."""
@@ -83,10 +100,7 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running
 
 
 def test_it_draws_splits_is_measured_and_ends(running: Running) -> None:
-    asked = {"model": "cats", "prompt": "a red circle", "num_inference_steps": 2}
-    answer = httpx.post(f"{running.url}/v1/images/generations", json=asked, timeout=PATIENCE)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["data"][0]["version"] == "cats@1"
+    assert draw(running.url)["version"] == "cats@1"
 
     split = raysd("traffic", "cats", "v2=25", "--json", storage=running.store)
     assert json_of(split)["shares"] == {"2": 25.0}
@@ -110,6 +124,73 @@ def test_it_draws_splits_is_measured_and_ends(running: Running) -> None:
     assert running.process.returncode == 0, errors
     _, left = psutil.wait_procs(running.family, timeout=10)
     assert not left
+
+
+@pytest.mark.skipif(not shutil.which("prometheus"), reason="no Prometheus here: apt-get install prometheus")
+def test_a_real_prometheus_has_what_the_dashboard_and_the_rules_ask_of_a_real_service(
+    running: Running, tmp_path: Path
+) -> None:
+    """With the labels that the service's own processes give."""
+    draw(running.url)
+    until = time.monotonic() + PATIENCE
+    while not (port := running.metrics_port()):
+        assert time.monotonic() < until
+        time.sleep(1)
+    asked, wanted = expressions("cats", "cats@1"), {*OF_VERSION, *OF_MODEL}
+    assert wanted <= set(asked)
+    prometheus = Prometheus(tmp_path, f"127.0.0.1:{port}")
+    try:
+        until = time.monotonic() + PATIENCE
+        while missing := {who for who in wanted if not prometheus.positive(asked[who])}:
+            assert time.monotonic() < until, f"nothing of {sorted(missing)} among {sorted(prometheus.names())}"
+            draw(running.url)
+            time.sleep(1)
+        for who in OF_VERSION:
+            (row,) = prometheus.ask("query", query=asked[who])["result"]
+            assert row["metric"] == {"version": "cats@1"}, who
+        rules = [rule for group in prometheus.ask("rules")["groups"] for rule in group["rules"]]
+        assert {rule["health"] for rule in rules} == {"ok"}
+        assert not [rule["name"] for rule in rules if rule["alerts"] and "raysd" in rule["query"]]
+    finally:
+        prometheus.stop()
+
+
+@pytest.mark.long
+def test_serve_deploy_takes_the_config_as_it_is(tmp_path: Path) -> None:
+    """Ray's own command, on a cluster that runs: the address alone is another one."""
+    config = yaml.safe_load(LOCAL.read_text())
+    config["http_options"]["port"] = port = free_port()
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    url, places = (
+        f"http://127.0.0.1:{port}",
+        {"RAYSD_STORAGE": tmp_path / "store", "XDG_CACHE_HOME": tmp_path / "cache"},
+    )
+    with single(tmp_path, 3, **{name: str(place) for name, place in places.items()}) as dashboard:
+        serve = [str(Path(sys.executable).with_name("serve")), "deploy", "-a", dashboard, str(path)]
+        done = subprocess.run(serve, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        until = time.monotonic() + PATIENCE
+        while not is_ready(url):
+            assert time.monotonic() < until, httpx.get(f"{dashboard}/api/serve/applications/").text
+            time.sleep(0.5)
+        assert draw(url, model="tiny-sd")["version"] == "tiny-sd"
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def draw(url: str, model: str = "cats") -> dict[str, Any]:
+    """What the service says of one picture."""
+    asked = {"model": model, "prompt": "a red circle", "num_inference_steps": 2}
+    answer = httpx.post(f"{url}/v1/images/generations", json=asked, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    drawn: dict[str, Any] = answer.json()["data"][0]
+    return drawn
 
 
 def shares(running: Running) -> dict[str, float]:

@@ -1,9 +1,11 @@
 """The one door to SQL, on SQLite and PostgreSQL."""
 
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -11,6 +13,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, select, text
 
 import raysd.study.tables as tables
+from raysd import database as sql
 from raysd.database import MIGRATIONS, Base, Database, upsert
 from raysd.errors import RequestError, StorageError
 from raysd.feedback.tables import FeedbackRow
@@ -189,6 +192,27 @@ def test_a_server_that_restarted_is_reached_again(postgres, tmp_path):
     with database.reading() as session:
         assert session.scalars(select(tables.Study.name)).all() == ["one"]
     database.close()
+
+
+def test_a_database_that_has_no_connection_left_is_one_that_is_away(database):
+    """As where the server hangs and nobody gets an answer."""
+    pool = database._engine.pool
+    pool._timeout = 0.05
+    with ExitStack() as stack:
+        for _ in range(pool.size() + pool._max_overflow):
+            stack.enter_context(database.reading()).execute(text("SELECT 1"))
+        with pytest.raises(StorageError, match=r"limit of size .*RAYSD_DATABASE"), database.reading() as session:
+            session.execute(text("SELECT 1"))
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sql.SILENT, "connect_timeout", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"postgresql://user@127.0.0.1:{server.getsockname()[1]}/x"
+        database, began = Database(url, Storage(str(tmp_path))), time.monotonic()
+        with pytest.raises(StorageError, match="timeout"), database.reading() as session:
+            session.execute(text("SELECT 1"))
+    assert time.monotonic() - began < 30
 
 
 def test_the_default_is_a_file_in_a_local_storage(tmp_path, monkeypatch):

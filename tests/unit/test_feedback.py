@@ -14,6 +14,7 @@ from raysd.cli import output
 from raysd.config.data import DataSpec
 from raysd.data.check import check
 from raysd.data.source import open_source
+from raysd.database import Database
 from raysd.errors import NotFound, RequestError, StorageError, TooMany
 from raysd.feedback import export as exports
 from raysd.feedback.export import Liked, export, export_pairs
@@ -357,11 +358,24 @@ def test_retention_takes_the_picture_and_leaves_the_rest(queue, storage, generat
 
 def test_strays_of_former_days_are_removed(queue, storage, generations):
     (generation,) = drawn(queue, storage, new())
-    stray, today = "generated/1970-01-12/stray-0.png", "generated/1970-01-13/new-0.png"
+    id = generation.rpartition("-")[0]
+    stray, today = f"generated/1970-01-12/{id}-1-0.png", f"generated/1970-01-13/{id}-1-0.png"
     for path in (stray, today):
         storage.write(path, b"x")
     assert generations.strays("1970-01-13") == 1
     assert [entry.path for entry in storage.list("generated")] == [generations.get(generation).path, today]
+
+
+def test_pictures_of_another_database_are_no_strays(queue, storage, generations, tmp_path, clock):
+    """A store outlives its database, and may be that of a staging service too."""
+    (generation,) = drawn(queue, storage, new())
+    path = generations.get(generation).path
+    other = Database(f"sqlite:///{tmp_path}/other.db", storage)
+    other.migrate()
+    drawn(Queue(other, clock=clock), storage, new())
+    assert Generations(other, storage, clock=clock).strays("1970-01-13") == 0
+    assert storage.exists(path)
+    other.close()
 
 
 # Counted

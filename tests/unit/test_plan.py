@@ -184,7 +184,7 @@ def test_seconds_and_cost_follow_from_the_table(small):
     assert not found.measured
 
 
-@pytest.mark.parametrize("share", [0.99, 0.5, 0.2])
+@pytest.mark.parametrize("share", [0.99, 0.5, pytest.param(0.2, marks=pytest.mark.long)])
 def test_the_first_change_that_fits_is_named(small, share):
     spec = spec_with(optim__batch_size=8, data__resolution=256)
     planner = Planner(small, 1)
@@ -200,6 +200,7 @@ def test_the_first_change_that_fits_is_named(small, share):
         assert words(change) == "--scale.gradient_checkpointing true"
 
 
+@pytest.mark.long
 def test_nothing_fits_into_nothing(small):
     lab = override(device("A10G"), {"memory": 1.0001, "reserved": 1.0})
     assert change_that_fits(Planner(small, 1), PLAIN, "lab", lab) is None

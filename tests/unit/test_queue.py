@@ -63,6 +63,26 @@ def everything(database):
 # Submitting and finding
 
 
+def test_the_oldest_is_what_has_been_free_longest(queue, clock):
+    first = submitted(queue, "first")[0]
+    clock.now += 1
+    shadow, second = submitted(queue, "shadow", shadow_of=first)[0], submitted(queue, "second")[0]
+    assert queue.oldest("cats") == first
+    assert queue.oldest("dogs") is None
+    (claim,) = queue.claim("w", "cats", but=lambda: [second])
+    assert (claim.id, queue.oldest("cats")) == (first, second)
+    assert [claim.id for claim in queue.claim("w", "cats", most=9)] == [second, shadow]
+    assert queue.oldest("cats") is None
+    queue.release(claim, counts=True)
+    assert (queue.oldest("cats"), queue.get(first).attempt) == (first, 1)
+    queue.release(queue.claim("w", "cats", id=first)[0])
+    assert queue.get(first).attempt == 1
+    assert not queue.claim("w", "cats", id=first, but=lambda: [first])
+    clock.now += LEASE + 1
+    queue.claim("w", "cats", id=first)
+    assert queue.oldest("cats") == second
+
+
 def test_what_is_submitted_is_found(queue, clock):
     given = new("a cat", negative="dogs", count=2, user="u", webhook="https://x.test/", webhook_events=("completed",))
     prediction, is_new = queue.submit(given)

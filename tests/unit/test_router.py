@@ -207,6 +207,31 @@ def test_what_is_late_ends_although_there_is_no_replica(
     assert desk.run(work).status == "aborted"
 
 
+@pytest.mark.parametrize("left", ["waiting", "claimed"])
+def test_what_an_ingress_left_another_one_calls_for(
+    registry: Registry, put: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """A model that has no replica starts one when it is called, and not before; one call at a time is enough."""
+    monkeypatch.setattr(routers, "COUNT", 0.05)
+    put(1)
+    first, second = Desk(registry, "cats"), Desk(registry, "cats")
+
+    async def accept(router: Router) -> list[str]:
+        return [(await router.submit(ASK)).id for _ in range(2)]
+
+    async def called(router: Router) -> None:
+        await until(lambda: bool(second.replicas.called))
+        assert await asyncio.to_thread(second.queue.claim, "somebody", "cats", id=ids[0])
+        await asyncio.sleep(0.3)
+
+    ids = first.run(accept)
+    if left == "claimed":  # by a replica that died with the ingress
+        late = Queue(first.database, clock=lambda session: time.time() - 60)
+        assert late.claim("somebody", "cats", most=2)
+    second.run(called)
+    assert second.replicas.called == ids[:1]
+
+
 def test_what_one_ingress_accepted_another_one_knows(registry: Registry, put: Callable[[int], Version]) -> None:
     """Behind a balancer the next request of a client goes anywhere: asking again, waiting for the end, cancelling."""
     put(1)

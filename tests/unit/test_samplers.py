@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,52 @@ def test_drawing_behind_a_mask_is_diffusers_inpainting(
     assert torch.allclose(latents(predictor, drawing, picture, mask), wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_picture_that_is_not_square_keeps_its_shape_where_no_size_is_asked_for(
+    predictor: Predictor, masked: bool
+) -> None:
+    """It is what diffusers draws from the picture in that size; in company too."""
+    picture = png(144, 96)
+    mask = Image.new("L", (144, 96))
+    mask.paste(255, (48, 0, 96, 64))
+    more: dict[str, Any] = {"image": opened(picture).resize((72, 48), Image.Resampling.LANCZOS), "strength": 0.5}
+    asked = {"image": "0" * 64, "strength": 0.5}
+    kind, inputs = "StableDiffusionImg2ImgPipeline", [picture]
+    if masked:
+        kind, inputs = "StableDiffusionInpaintPipeline", [picture, encoded(mask)]
+        more |= {"mask_image": mask.resize((72, 48), Image.Resampling.NEAREST), "height": 48, "width": 72}
+        asked |= {"mask": "1" * 64}
+    drawing = Drawing(prompt="a", seed=3, steps=8, guidance=4, **asked)
+    wanted = theirs(predictor, drawing, kind, **more)
+    assert wanted.shape == (4, 12, 18)
+    assert torch.allclose(latents(predictor, drawing, *inputs), wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    both = [predictor.begin(each, *inputs) for each in (drawing, drawing.of(1))]
+    while not both[0].done:
+        predictor.advance(both, None)
+    assert torch.allclose(both[0].latents, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+    sized = drawing.model_copy(update={"width": 64, "height": 64})
+    assert latents(predictor, sized, *inputs).shape == (4, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("picture", "drawn"),
+    [
+        ((512, 512), (512, 512)),
+        ((64, 64), (512, 512)),
+        ((1200, 800), (576, 384)),
+        ((800, 600), (576, 448)),
+        ((1920, 1080), (576, 320)),
+        ((2048, 1), (2048, 64)),
+    ],
+)
+def test_a_picture_is_drawn_anew_in_about_its_shape_and_no_larger_than_the_model_draws(
+    picture: tuple[int, int], drawn: tuple[int, int]
+) -> None:
+    geometry = Geometry(channels=4, factor=8, size=512, unit=64)
+    assert geometry.like(*picture, 2048) == drawn
+    assert geometry.like(*picture[::-1], 2048) == drawn[::-1]
+
+
 def test_a_size_that_the_model_cannot_draw_and_a_sampler_that_it_has_not_are_refused(predictor: Predictor) -> None:
     with pytest.raises(RequestError, match="width 72: this model draws multiples of 64"):
         Geometry(channels=4, factor=8, size=512, unit=64).latents(72, None)
@@ -176,16 +223,18 @@ def test_a_model_that_takes_its_guidance_as_an_input_is_refused(tiny_base: Path,
 
 
 def png(width: int, height: int) -> bytes:
-    body = io.BytesIO()
-    Image.radial_gradient("L").resize((width, height)).convert("RGB").save(body, "PNG")
-    return body.getvalue()
+    return encoded(Image.radial_gradient("L").resize((width, height)).convert("RGB"))
 
 
 def png_mask(size: int) -> bytes:
     mask = Image.new("L", (size, size))
     mask.paste(255, (size // 4, 0, size // 2, size))
+    return encoded(mask)
+
+
+def encoded(picture: Image.Image) -> bytes:
     body = io.BytesIO()
-    mask.save(body, "PNG")
+    picture.save(body, "PNG")
     return body.getvalue()
 
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from raysd.errors import OutOfMemory
+from raysd.errors import OutOfMemory, RequestError
 from raysd.models import family_of
 from raysd.serve import replica as replicas
 from raysd.serve import scheduler as scheduling
 from raysd.serve.drawing import Drawing
 from raysd.serve.predictor import Predictor
 from raysd.serve.replica import NOT_FINITE, Replica
-from raysd.serve.scheduler import Busy, Canceled, Picture, Scheduler
+from raysd.serve.scheduler import FAILING, Busy, Canceled, Picture, Scheduler
 from raysd.serve.torch_backend import TorchBackend
 from tests.consistency import consistent
 
@@ -298,6 +298,45 @@ def test_a_replica_that_draws_nothing_but_nan_is_not_healthy(predictor: Predicto
     replica.check_health()
     spoiled(scheduler, predictor, 1)
     with pytest.raises(RuntimeError, match="5 pictures in a row"):
+        replica.check_health()
+
+
+def failed(scheduler: Scheduler, predictor: Predictor, *requests: str) -> None:
+    """Requests of two pictures each, whose steps raise."""
+    for request in requests:
+        wishes = [Drawing(prompt="a", seed=seed, steps=2, guidance=1) for seed in range(2)]
+        pictures = [Picture(predictor, wish, request=request) for wish in wishes]
+        scheduler.submit(pictures)
+        finish(scheduler)
+        assert all(isinstance(picture.future.exception(0), RuntimeError) for picture in pictures)
+
+
+def test_a_replica_whose_engine_fails_is_not_healthy(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for one request that fails wherever it is drawn, nor for one that is too large or wrong."""
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    replica = Replica.__new__(Replica)
+    replica._scheduler = scheduler = Scheduler()
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor.backend, "denoise", broken)
+        failed(scheduler, predictor, *["the same"] * FAILING, *"abc")
+        replica.check_health()
+    good = Picture(predictor, Drawing(prompt="a", steps=1, guidance=1))
+    scheduler.submit([good])
+    finish(scheduler)
+    assert good.future.result(0)
+    for error in (torch.OutOfMemoryError("no memory"), RequestError("no")):
+        with monkeypatch.context() as patch:
+            patch.setattr(predictor, "begin", lambda *_, error=error: (_ for _ in ()).throw(error))
+            scheduler.submit([Picture(predictor, good.drawing, request=str(n)) for n in range(FAILING)])
+            finish(scheduler)
+    monkeypatch.setattr(predictor.backend, "denoise", broken)
+    failed(scheduler, predictor, *"defg")  # a picture came between
+    replica.check_health()
+    failed(scheduler, predictor, "h")
+    with pytest.raises(RuntimeError, match="5 requests in a row"):
         replica.check_health()
 
 

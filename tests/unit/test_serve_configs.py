@@ -1,5 +1,6 @@
 """The committed Serve configs are what Ray and raysd take; wrong ones say which field is wrong."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.serve.config import HTTPOptions
 
 from raysd.config import load, override
 from raysd.config.serving import ServingSpec
 from raysd.database import Database
-from raysd.errors import RequestError, SpecError
+from raysd.errors import NotFound, RequestError, SpecError
+from raysd.registry import Registry
 from raysd.serve import app as application
 from raysd.serve import run as running
 from raysd.serve.keys import Keys
@@ -20,6 +23,7 @@ from raysd.serve.run import BUILDER, read_config
 from raysd.storage import Storage
 from tests.conftest import free_port
 from tests.manifests import misspell, serve_faults
+from tests.versions import files_of
 
 FOLDER = Path(__file__).parents[2] / "serve"
 
@@ -92,6 +96,25 @@ def test_what_is_no_config_is_said_in_a_line(tmp_path: Path) -> None:
         read_config(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(
+    ("field", "config"),
+    [
+        ("applications.0.runtime_env", {"applications": [{"runtime_env": {"env_vars": {"A": "1"}}}]}),
+        ("applications.0.route_prefix", {"applications": [{"route_prefix": "/draw"}]}),
+        ("http_options.ssl_keyfil", {"http_options": {"ssl_keyfil": "key.pem"}}),
+        ("http_options: ssl_keyfile and ssl_certfile", {"http_options": {"ssl_keyfile": "key.pem"}}),
+        ("target_capacity", {"target_capacity": 50}),
+    ],
+)
+def test_what_the_command_would_do_nothing_with_is_refused(tmp_path: Path, field: str, config: dict[str, Any]) -> None:
+    application = {"name": "raysd", "import_path": BUILDER, "args": {"models": [{"ref": "tiny-sd"}]}}
+    (more,) = config.get("applications", [{}])
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump({**config, "applications": [application | more]}))
+    with pytest.raises(SpecError, match=rf"serve\.yaml: {field}"):
+        read_config(path)
+
+
 def test_names_come_from_references() -> None:
     names = {
         "cats:production": "cats",
@@ -134,6 +157,79 @@ def run(spec: ServingSpec, host: str = "127.0.0.1") -> None:
     running.run(spec, host, free_port(), lambda url: None)
 
 
+def test_the_proxies_get_all_http_options_of_the_config_and_the_address_of_the_command(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys would go over the network in clear if TLS were left out."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(serve, "start", lambda **options: given.update(options))
+    monkeypatch.setattr(serve, "run", lambda *_, **__: None)
+    monkeypatch.setattr(serve, "shutdown", lambda: None)
+    monkeypatch.setattr(running, "_running", lambda: HTTPOptions(**tls))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def ready(url: str) -> None:
+        given["url"] = url
+        raise ZeroDivisionError
+
+    tls = keys_in(tmp_path)
+    port, application = free_port(), {"name": "raysd", "import_path": BUILDER, "args": {"models": [{"ref": "tiny-sd"}]}}
+    http = {"host": "10.0.0.1", "port": 80, "keep_alive_timeout_s": 90, "root_path": "/draw", **tls}
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump({"http_options": http, "applications": [application]}))
+    _, options = read_config(path)
+    with pytest.raises(ZeroDivisionError):
+        running.run(a_service(tmp_path), "127.0.0.1", port, ready, options)
+    assert HTTPOptions(**given["http_options"]) == HTTPOptions(**http | {"host": "127.0.0.1", "port": port})
+    assert given["proxy_location"] == "EveryNode"
+    assert given["url"] == f"https://127.0.0.1:{port}"
+
+
+def test_a_serve_that_runs_already_without_tls_is_no_place_for_a_service_with_it(
+    tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "start", lambda **_: None)
+    monkeypatch.setattr(serve, "run", lambda *_, **__: pytest.fail("was deployed"))
+    monkeypatch.setattr(running, "_running", HTTPOptions)
+    with pytest.raises(RequestError, match=r"ssl_certfile: Serve runs already, without TLS; end it: serve shutdown"):
+        running.run(a_service(tmp_path), "127.0.0.1", free_port(), lambda url: None, keys_in(tmp_path))
+
+
+def test_tls_without_its_files_is_refused_before_anything_starts(tmp_path: Path, started: list[str]) -> None:
+    tls = keys_in(tmp_path)
+    Path(tls["ssl_certfile"]).unlink()
+    with pytest.raises(RequestError, match=r"http_options\.ssl_certfile: .*cert\.pem: no such file"):
+        running.run(a_service(tmp_path), "127.0.0.1", free_port(), lambda url: None, tls)
+    assert started == []
+
+
+def keys_in(folder: Path) -> dict[str, str]:
+    """The options of TLS, with files that nobody reads here."""
+    files = {"ssl_keyfile": folder / "key.pem", "ssl_certfile": folder / "cert.pem"}
+    for path in files.values():
+        path.touch()
+    return {name: str(path) for name, path in files.items()}
+
+
+def test_a_cluster_that_starts_again_leaves_out_what_was_withdrawn_and_the_command_says_it(
+    tmp_path: Path, started: list[str]
+) -> None:
+    """What nobody ever published is a slip, and is said by both."""
+    registry = Registry(Storage(str(tmp_path)))
+    registry.withdraw(registry.publish("cats", files_of(tmp_path / "files", 1), {}, key="cats"), "leaked")
+    for ref, reason in (("cats@1", r"cats@1 was withdrawn \(leaked\)"), ("cats", "every version was withdrawn")):
+        spec = a_service(tmp_path, models=[{"ref": "tiny-sd"}, {"ref": ref}])
+        assert application.build(spec)
+        with pytest.raises(RequestError, match=reason):
+            run(spec)
+    for ref, reason in (("cats@2", "no such version; cats has versions 1"), ("cat", "no such model; models: cats")):
+        spec = a_service(tmp_path, models=[{"ref": "tiny-sd"}, {"ref": ref}])
+        for start in (application.build, run):
+            with pytest.raises(NotFound, match=f"{ref}: {reason}"):
+                start(spec)
+    assert started == []
+
+
 def test_configs_name_the_ingress_as_the_application_does(tmp_path: Path) -> None:
     built = application.build(a_service(tmp_path))
     configs = [yaml.safe_load(path.read_text())["applications"][0] for path in FOLDER.glob("*.yaml")]
@@ -156,7 +252,7 @@ def test_a_serve_that_listens_already_where_others_reach_it_needs_public(
     """It keeps its own address, whatever a second start asks for."""
     monkeypatch.setattr(serve, "start", lambda **_: started.append("serve"))
     monkeypatch.setattr(serve, "run", lambda *_, **__: pytest.fail("was deployed"))
-    monkeypatch.setattr(running, "_listens", lambda: "0.0.0.0")
+    monkeypatch.setattr(running, "_running", lambda: HTTPOptions(host="0.0.0.0"))
     with pytest.raises(RequestError, match=r"Serve runs already at 0\.0\.0\.0: others reach it; give --public"):
         run(a_service(tmp_path))
     assert started == ["ray", "serve"]

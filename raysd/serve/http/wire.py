@@ -74,7 +74,7 @@ class Addressed(Asked):
     model: Name | None = None
     """As GET /v1/models names it, or one of its versions as name@number; may be left out where one model is served."""
     size: Size | None = "auto"
-    """Pixels as WIDTHxHEIGHT, multiples of 8; auto: the model's own size."""
+    """Pixels as WIDTHxHEIGHT, multiples of 8; auto: the model's own size, and of an edit the shape of its picture."""
     user: User | None = None
     """Your name for who asks: the same user is drawn for by the same version. Kept as a digest alone."""
 
