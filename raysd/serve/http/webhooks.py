@@ -142,10 +142,10 @@ class Courier:
             headers = signed(secret_of(self._secret, prediction.owner), message.id, int(time.time()), body)
             outcome = deliver(str(prediction.webhook), headers, body)
             again = outcome == "again" and message.tries <= len(self._pauses)
-            if outcome is not None and not again:
-                log.warning("webhook: %s was not taken", message.id)
             pause = self._pauses[message.tries - 1] * random.uniform(0.75, 1.25) if again else None
             self._outbox.put_off(message.id, pause)
+            if outcome is not None and not again:
+                log.warning("webhook: %s was not taken", message.id)
         except RaysdError as error:  # it is due again after its lease
             log.warning("webhook: %s: %s", message.id, type(error).__name__)
 
