@@ -11,6 +11,7 @@ from raysd.storage import Storage
 PROMPTS = (Prompt("a red circle"), Prompt("a star", "blue"), Prompt("a ring"))
 
 
+@pytest.mark.long
 def test_two_workers_draw_what_this_process_would_and_only_once(tiny_base, ray_address, tmp_path, monkeypatch):
     albums = {}
     for workers in (2, 0):

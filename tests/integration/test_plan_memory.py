@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("world", "cases"),
     [
-        pytest.param(1, FEW, id="one worker"),
+        pytest.param(1, FEW, id="one worker", marks=pytest.mark.long),
         pytest.param(1, MORE, id="one worker, more settings", marks=pytest.mark.soak),
         pytest.param(2, TWO, id="two workers", marks=pytest.mark.soak),
     ],

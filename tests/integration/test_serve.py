@@ -162,6 +162,7 @@ def test_a_picture_over_http_is_the_one_diffusers_draws(service: Service) -> Non
     assert item["seed"] == WISH["seed"]
 
 
+@pytest.mark.long
 def test_a_rare_model_has_a_replica_only_while_it_is_asked_for(service: Service) -> None:
     from ray import serve
 

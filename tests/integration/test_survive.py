@@ -90,7 +90,7 @@ def assert_as_undisturbed(store: Path, undisturbed: tuple[dict[str, torch.Tensor
     assert losses(store)[-1] == metrics[-1]
 
 
-@pytest.mark.parametrize("step", [2, pytest.param(8, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.soak)])
 def test_10_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray_address, undisturbed, tmp_path, step):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, step), process)
