@@ -1,6 +1,7 @@
 """An evaluation's pictures drawn by Ray workers: all of them, once, and the same as without Ray."""
 
 import numpy as np
+import pytest
 
 from raysd.config import EvaluationSpec
 from raysd.evaluate.pictures import Album, Painter, draw_album
