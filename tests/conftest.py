@@ -1,7 +1,6 @@
 """An S3 server in a process of its own, reached over HTTP on the loopback interface; and a registry to start from."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from raysd.registry import Registry, Version
 from raysd.storage import Storage
+from tests.ports import free_port
 from tests.versions import files_of
 
 # moto looks at a condition and writes in two steps; S3 does it in one, so requests take turns here.
@@ -33,12 +33,6 @@ def in_turn(environ, start_response):
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 run_simple(sys.argv[2], int(sys.argv[1]), in_turn, threaded=True, request_handler=MotoRequestHandler)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

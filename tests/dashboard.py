@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import free_port
+from tests.ports import free_port
 
 HOST = "127.0.0.1"
 
@@ -46,8 +46,9 @@ def secured(folder: Path, cpus: int, **environment: str) -> Iterator[Secured]:
     try:
         started.append(_start(head, values, log))
         url = f"http://{HOST}:{dashboard}"
-        _wait(started[0], url, token_file.read_text(), folder / "nodes.log")
+        _wait(started[0], f"{url}/api/jobs/", token_file.read_text(), folder / "nodes.log")
         started.append(_start(node, values, log))
+        _wait(started[1], f"{url}/api/v0/nodes?detail=1", token_file.read_text(), folder / "nodes.log", "attic")
         yield Secured(url, f"{HOST}:{gcs}", token_file, scratch)
     finally:
         _end(started, str(scratch))
@@ -62,7 +63,7 @@ def single(folder: Path, cpus: int, **environment: str) -> Iterator[str]:
     head, values = _head(free_port(), dashboard, cpus, scratch), _environment(RAY_AUTH_MODE="disabled", **environment)
     started = [_start(head, values, log)]
     try:
-        _wait(started[0], f"http://{HOST}:{dashboard}", "none", folder / "nodes.log")
+        _wait(started[0], f"http://{HOST}:{dashboard}/api/jobs/", "none", folder / "nodes.log")
         yield f"http://{HOST}:{dashboard}"
     finally:
         _end(started, str(scratch))
@@ -115,14 +116,14 @@ def _start(options: list[str], values: dict[str, str], log: object) -> "subproce
     return subprocess.Popen(command, env=values, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # type: ignore[call-overload]
 
 
-def _wait(head: "subprocess.Popen[bytes]", url: str, token: str, log: Path) -> None:
+def _wait(node: "subprocess.Popen[bytes]", url: str, token: str, log: Path, text: str = "") -> None:
+    """Until the dashboard answers with this text."""
     end = time.monotonic() + 180
-    request = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
     while True:
-        try:
-            urllib.request.urlopen(request, timeout=5).close()
-            return
-        except OSError:
-            assert head.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.3)
+        with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            if text in answer.read().decode():
+                return
+        assert node.poll() is None, log.read_text()
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.3)

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from tests.ports import free_port
+
 HEAD = "f" * 51 + "00000"
 IDLE_SECONDS = 6
 
@@ -21,7 +23,7 @@ IDLE_SECONDS = 6
 @contextmanager
 def growing(folder: Path, most: int) -> Iterator[str]:
     """The address of a cluster whose head takes no work; up to `most` nodes of one CPU come and go."""
-    port = _free_port()
+    port = free_port()
     address = f"127.0.0.1:{port}"
     config = folder / "autoscaling.json"
     config.write_text(json.dumps(_config(address, most)))
@@ -88,12 +90,6 @@ def _config(address: str, most: int) -> dict[str, Any]:
         "head_start_ray_commands": [],
         "worker_start_ray_commands": [],
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait(head: "subprocess.Popen[bytes]", port: int, log: Path) -> None:

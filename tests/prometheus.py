@@ -9,7 +9,7 @@ from urllib.request import urlopen
 
 import yaml
 
-from tests.conftest import free_port
+from tests.ports import free_port
 
 SERVE = Path(__file__).parents[1] / "serve"
 RULES = SERVE / "prometheus" / "rules.yaml"

@@ -26,7 +26,7 @@ from raysd.references import identity
 from raysd.registry import Registry, Version, traffic
 from raysd.storage import Storage
 from tests.adapters import publish_lora
-from tests.conftest import free_port
+from tests.ports import free_port
 from tests.postgres import Postgres
 
 WISH = {"prompt": "a red circle", "seed": 7, "num_inference_steps": 3, "guidance_scale": 3.0}

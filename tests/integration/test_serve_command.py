@@ -24,8 +24,8 @@ from raysd.serve.metrics import BATCH, IMAGES, REQUESTS, STEP, WAIT
 from raysd.storage import Storage
 from tests.adapters import publish_lora
 from tests.cluster import json_of, raysd, start
-from tests.conftest import free_port
 from tests.dashboard import single
+from tests.ports import free_port
 from tests.prometheus import Prometheus, expressions
 
 LOCAL = Path(__file__).parents[2] / "serve" / "local.yaml"

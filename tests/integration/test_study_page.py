@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import json_of, raysd, start
-from tests.conftest import free_port
+from tests.ports import free_port
 from tests.studies import made, plan
 
 NAME = "tabby-study"

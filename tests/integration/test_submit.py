@@ -29,8 +29,8 @@ from raysd.storage import Storage
 from raysd.train import checkpoint, runs
 from tests.base import toml
 from tests.cluster import json_of, raysd, start
-from tests.conftest import free_port
 from tests.dashboard import Secured, secured
+from tests.ports import free_port
 
 SECRET = "hunter2-of-the-store"
 LONG = {"optim__steps": 1000, "checkpoint__every": 5}

@@ -32,7 +32,7 @@ from raysd.train.engine import build_engine
 from raysd.train.loop import training_steps
 from raysd.train.validate import validation_loss
 from raysd.train.worker import load_weights
-from tests.conftest import free_port
+from tests.ports import free_port
 
 PICTURES = 7
 SPEC = load(

@@ -19,7 +19,7 @@ from raysd.client import Client
 from raysd.errors import NotFound, RaysdError, RequestError, TooMany
 from raysd.feedback.tables import FeedbackRow
 from raysd.serve.http import predictions as routes
-from tests.conftest import free_port
+from tests.ports import free_port
 from tests.serving import SIDE, listening, parts
 
 FAST = {"model": "cats", "num_inference_steps": 1}

@@ -21,8 +21,8 @@ from raysd.serve import run as running
 from raysd.serve.keys import Keys
 from raysd.serve.run import BUILDER, read_config
 from raysd.storage import Storage
-from tests.conftest import free_port
 from tests.manifests import misspell, serve_faults
+from tests.ports import free_port
 from tests.versions import files_of
 
 FOLDER = Path(__file__).parents[2] / "serve"
