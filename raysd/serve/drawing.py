@@ -31,9 +31,9 @@ class Drawing(Spec):
     sampler: Sampler = "ddim"
     """How the steps are taken."""
     width: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)
-    """Pixels; null: the model's own size, or with `image` and no `height` either, of the shape of `image`."""
+    """Pixels; null: the model's own size, or the shape of `image`; with `image` give both sides or none."""
     height: int | None = Field(default=None, ge=8, le=LARGEST_SIDE, multiple_of=8)
-    """Pixels; null: the model's own size, or with `image` and no `width` either, of the shape of `image`."""
+    """Pixels; null: the model's own size, or the shape of `image`; with `image` give both sides or none."""
     count: int = Field(default=1, ge=1, le=MOST_PICTURES)
     """Pictures."""
     image: Digest | None = None

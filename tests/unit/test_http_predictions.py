@@ -213,6 +213,9 @@ def test_pictures_that_are_refused(client):
             client.predictions.create(version="cats", input={**FAST, "image": wrong})
     with pytest.raises(ReplicateError, match="mask: needs image"):
         client.predictions.create(version="cats", input={**FAST, "mask": "data:;base64,AAAA"})
+    for given, missing in (("width", "height"), ("height", "width")):
+        with pytest.raises(ReplicateError, match=f"{missing}: give both sides"):
+            client.predictions.create(version="cats", input={**FAST, "image": small, given: 64})
     with pytest.raises(ReplicateError, match="content: not a readable"):
         client.files.create(io.BytesIO(b"text"))
 

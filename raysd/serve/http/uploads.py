@@ -55,6 +55,9 @@ async def of_input(service: Service, asked: Input) -> tuple[str | None, str | No
         if asked.mask is not None:
             raise RequestError("mask: needs image, the picture that it belongs to")
         return None, None
+    if (asked.width is None) != (asked.height is None):
+        missing = "width" if asked.width is None else "height"
+        raise RequestError(f"{missing}: give both sides, or none for the shape of image; one alone would stretch it")
     image = _uploaded(asked.image) or await keep(service, _sent(asked.image, "image"), "image")
     if asked.mask is None:
         return image.digest, None

@@ -7,7 +7,6 @@ All that it knows comes from the service's own addresses under /v1, as any other
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import get_args
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
@@ -18,15 +17,14 @@ HERE = Path(__file__).parent
 SCRIPTS = ("service.js", "stage.js", "history.js", "rate.js", "draw.js", "compare.js", "main.js")
 """Parts of one module, in the order in which they need each other."""
 SIZES = ("256x256", "512x512", "512x768", "768x512", "768x768", "1024x1024", "832x1216", "1216x832")
-SAMPLERS = {
+SAMPLERS: dict[Sampler, str] = {
     "ddim": "DDIM",
     "euler": "Euler",
     "euler_a": "Euler a",
     "dpmpp_2m": "DPM++ 2M",
     "unipc": "UniPC",
-    "flow_euler": "Euler (flow)",
-    "lcm": "LCM",
 }
+"""Those that every Stable Diffusion 1 model takes; the others need a model that was made for them."""
 TAGS = ("hands", "faces", "blurry", "colours", "composition", "not-as-asked")
 
 
@@ -50,7 +48,7 @@ def page(nonce: str, settings: Settings) -> str:
         style=_source("page.css"),
         script=Markup("\n").join(_source(name) for name in SCRIPTS),
         sizes=[size for size in SIZES if _pixels(size) <= settings.most_pixels],
-        samplers=[(name, SAMPLERS[name]) for name in get_args(Sampler)],
+        samplers=SAMPLERS.items(),
         steps=min(fields["steps"].default, settings.most_steps),
         guidance=fields["guidance"].default,
         longest_prompt=LONGEST_PROMPT,
