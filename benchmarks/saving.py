@@ -51,7 +51,7 @@ def run(options: Options) -> Result:
 def _timed(task: Task, saves: int, options: Options) -> tuple[list[float], list[float], int]:
     """Seconds of steps without and with a checkpoint on its way, and its bytes."""
     engine, loop = raysd_training(task, torch.device("cpu"))
-    saver = Saver(Storage(str(options.work / "run")), engine, None, 1, lambda: None)
+    saver = Saver(Storage(str(options.work / "run")), engine, None, "1", lambda: None)
     for _ in range(WARMUP):
         next(loop)
     plain: list[float] = []

@@ -1,9 +1,10 @@
 """Checkpoints of a run: named fp32 tensors in safetensors, readable at any world size and ZeRO stage.
 
-    checkpoints/<step>-<token>/part-<rank>.safetensors     weight/<name>, state/<name>/<entry>, ema/<name>
-    checkpoints/<step>-<token>/checkpoint.json             written last: a checkpoint without it does not exist
+    checkpoints/<step>-<writer>/part-<rank>.safetensors     weight/<name>, state/<name>/<entry>, ema/<name>
+    checkpoints/<step>-<writer>/checkpoint.json             written last: a checkpoint without it does not exist
 
-The token is the lease's: two drivers of one run never write into the same folder.
+The writer is the lease's token and the attempt's name: neither two drivers of one run nor two attempts of one driver ever
+write into the same folder.
 """
 
 import json
@@ -119,8 +120,8 @@ class Saver:
     `begin`, `finish` and `save` are COLLECTIVE. `fence` is called by rank 0 before a checkpoint becomes visible.
     """
 
-    def __init__(self, run: Storage, engine: Engine, ema: Ema | None, token: int, fence: Callable[[], None]):
-        self.run, self.engine, self.ema, self.token, self.fence = run, engine, ema, token, fence
+    def __init__(self, run: Storage, engine: Engine, ema: Ema | None, writer: str, fence: Callable[[], None]):
+        self.run, self.engine, self.ema, self.writer, self.fence = run, engine, ema, writer, fence
         self.pending: Progress | None = None
         """What a checkpoint that was begun and not finished holds."""
 
@@ -128,7 +129,7 @@ class Saver:
         """Gather tensor by tensor, each rank keeping a part; from then on training may go on."""
         assert self.pending is None, "one checkpoint at a time"
         self.pending, self._scalars = progress, self.engine.scalars()
-        self._folder = f"checkpoints/{progress.step:08d}-{self.token:04d}"
+        self._folder = f"checkpoints/{progress.step:08d}-{self.writer}"
         kept, path = _collect(self.engine, self.ema), f"{self._folder}/part-{self.engine.rank:04d}.safetensors"
         self._outcome: list[Any] = []
         work = threading.Thread(

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,9 +26,17 @@ class Link:
         self.records: list[dict[str, Any]] = []
         self.wish: Wish = "go on"
         self.problem: RaysdError | None = None
+        self.attempt: str | None = None
 
-    def exchange(self, records: list[dict[str, Any]]) -> Wish:
+    def begin(self, attempt: str) -> None:
+        """From rank 0 of a new attempt: whoever is left of those before it ends."""
+        self.attempt = attempt
+
+    def exchange(self, attempt: str, records: list[dict[str, Any]]) -> Wish:
         """From rank 0: take its records, tell it what the driver wishes."""
+        self.attempt = self.attempt or attempt  # a link that was started again has forgotten it
+        if attempt != self.attempt:
+            return "end"
         self.records += records
         return self.wish
 
@@ -65,21 +74,28 @@ def open_link() -> Any:
 class Reporter:
     """Rank 0's end: collects records and exchanges them in the background, so that no step waits for Ray.
 
-    Where the driver abandons the run, this process ends in the midst of its step, and so takes the other ranks with it.
+    Where the driver abandons the run, or another attempt at it has begun, this process ends in the midst of its step, and so
+    takes the other ranks with it.
     """
 
     def __init__(self, link: Any, end: Callable[[int], None] = os._exit):
         self.link, self._end = link, end
+        self.attempt = uuid.uuid4().hex
         self.stop_requested = False
         self._records: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        ray.get(link.begin.remote(self.attempt))
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self._thread.start()
 
     def record(self, **values: Any) -> None:
         with self._lock:
             self._records.append({**values, "time": time.time()})
+
+    def confirm(self) -> None:
+        """Return if this is still the attempt that the driver hears: one that it is cut off from waits here, or ends."""
+        self._ask([])
 
     def close(self) -> None:
         """Send what is left."""
@@ -94,7 +110,10 @@ class Reporter:
     def _exchange(self) -> None:
         with self._lock:
             records, self._records = self._records, []
-        wish: Wish = ray.get(self.link.exchange.remote(records))
+        self._ask(records)
+
+    def _ask(self, records: list[dict[str, Any]]) -> None:
+        wish: Wish = ray.get(self.link.exchange.remote(self.attempt, records))
         if wish == "end":
             self._end(EXIT)
         self.stop_requested = wish == "stop" or self.stop_requested

@@ -108,12 +108,12 @@ class Worker:
 
     def _run(self) -> None:
         # Weights go into the module before the engine takes it over; optimiser state and average after.
-        resumed = self._agreed_checkpoint()
+        resumed, attempt = self._agreed()
         self.engine, self.ema = self._build(resumed)
         progress = resumed.progress if resumed else Progress()
         self.source = self._source()
         self.batches = self._batches()
-        self.saver = self._saver()
+        self.saver = self._saver(attempt)
         if resumed is None:
             progress = replace(progress, base_loss=self._validate(0))
             self._draw(0)
@@ -160,12 +160,14 @@ class Worker:
             checkpoint.load_state(self.store, resumed, engine, ema)
         return engine, ema
 
-    def _agreed_checkpoint(self) -> Checkpoint | None:
-        """Rank 0 chooses; the others follow, so that all resume from the same one."""
-        chosen = [checkpoint.latest(self.store) if self.rank == 0 else None]
+    def _agreed(self) -> tuple[Checkpoint | None, str]:
+        """The checkpoint to resume from and the attempt's name. Rank 0 chooses; the others follow, so that all have the same."""
+        chosen: list[Any] = [None, None]
+        if self.reporter is not None:
+            chosen = [checkpoint.latest(self.store), self.reporter.attempt]
         if self.world > 1:
             dist.broadcast_object_list(chosen)
-        return chosen[0]
+        return chosen[0], chosen[1]
 
     def _source(self) -> Source:
         latents = TensorCache(self.storage.child(self.plan.latents)).refresh()
@@ -258,11 +260,14 @@ class Worker:
         with self.ema.swapped():
             return work()
 
-    def _saver(self) -> checkpoint.Saver:
+    def _saver(self, attempt: str) -> checkpoint.Saver:
         def fence() -> None:
+            assert self.reporter is not None, "rank 0 has one"
+            self.reporter.confirm()
             check_fence(self.store, LEASE, self.job.token, self.job.nonce)
 
-        return checkpoint.Saver(self.store, self.engine, self.ema, self.job.token, fence)
+        writer = f"{self.job.token:04d}-{attempt[:8]}"
+        return checkpoint.Saver(self.store, self.engine, self.ema, writer, fence)
 
     def _save(self, progress: Progress) -> None:
         """Begin a checkpoint; training goes on while it is written. One that is begun already is finished first."""

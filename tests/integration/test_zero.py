@@ -96,7 +96,7 @@ def run(
     batches = Batches(items, "empty", source, sampler, schedule, spec, rank, world)
     losses = []
     start = found.step if found else 0
-    saver = checkpoint.Saver(store, engine, ema, 1, lambda: fence(record.step))
+    saver = checkpoint.Saver(store, engine, ema, "1", lambda: fence(record.step))
     for record in training_steps(engine, method, batches, schedule, spec, ema, start, spec.optim.steps or 0):
         losses.append(record.loss)
         if record.step % every == 0:

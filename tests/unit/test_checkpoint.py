@@ -89,7 +89,7 @@ def test_a_part_that_does_not_fit_is_a_storage_error_with_a_remedy_and_no_checkp
 ):
     run = Storage(str(tmp_path))
     engine = build_engine(nn.Linear(3, 2), SPEC, device=torch.device("cpu"), rank=0, world=1)
-    saver = Saver(run, engine, None, 1, lambda: None)
+    saver = Saver(run, engine, None, "0001", lambda: None)
     saver.save(Progress(step=1))
     monkeypatch.setattr(place, name, full)
     with pytest.raises(StorageError, match=message) as raised:

@@ -221,12 +221,37 @@ def test_workers_write_a_checkpoint_when_stopped_and_end_at_once_when_the_run_is
     assert isinstance(wire.inner.failure(), LeaseLost), "the next attempt ends before it begins"
 
 
+def test_of_two_attempts_at_a_run_the_newer_one_is_heard_and_the_older_one_ends(wire):
+    older_ended, newer_ended = [], []
+    older = Reporter(wire, older_ended.append)
+    older.confirm()
+    assert older_ended == []
+    newer = Reporter(wire, newer_ended.append)
+    newer.record(kind="step", step=2)
+    older.record(kind="step", step=1)
+    older.confirm()
+    assert EXIT in older_ended, "it ends before its checkpoint can be seen"
+    older.close()
+    newer.close()
+    assert newer_ended == []
+    assert [record["step"] for record in wire.inner.take()] == [2]
+
+
+def test_a_link_that_was_started_again_goes_on_with_the_attempt_that_finds_it(wire):
+    ended = []
+    reporter = Reporter(wire, ended.append)
+    wire.inner.__init__()
+    reporter.confirm()
+    reporter.close()
+    assert ended == []
+
+
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_driver_that_lost_its_run_writes_no_metrics(root, wire, holds):
     trackers = SimpleNamespace(log=lambda step, values: None, close=lambda: None)
     run = root.child("runs/run")
     follower = Follower(run, wire, trackers, quiet, lambda: None, lambda: holds)
-    wire.inner.exchange([{"kind": "step", "step": 1, "loss": 0.5}, {"kind": "usage"}])
+    wire.inner.exchange("first", [{"kind": "step", "step": 1, "loss": 0.5}, {"kind": "usage"}])
     follower.close()
     assert [entry.path for entry in run.list()] == (["metrics.jsonl", "usage.json"] if holds else [])
 
