@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from raysd.database import Base, Database
 from raysd.errors import StorageError
 from raysd.serve.drawing import Drawing
-from raysd.serve.predictions import Claim, NewPrediction, Picture
+from raysd.serve.predictions import Ask, Claim, NewPrediction, Picture
 from raysd.serve.queue import Queue
 from raysd.storage import Storage, digest
 
@@ -75,8 +75,9 @@ def away() -> StorageError:
 
 def new(prompt: str = "a cat", *, negative: str = "", seed: int = 1, count: int = 1, **changes: Any) -> NewPrediction:
     drawing = Drawing(prompt=prompt, negative=negative, seed=seed, count=count, steps=4)
-    values: dict[str, Any] = {"api": "predictions", "model": "cats", "ref": "cats@3", "digest": "3" * 64}
-    return NewPrediction(**{**values, "drawing": drawing, **changes})
+    drawn_by = {"ref": "cats@3", "digest": "3" * 64, "shadow_of": None}
+    drawn_by |= {name: changes.pop(name) for name in drawn_by if name in changes}
+    return NewPrediction(Ask(**{"api": "predictions", "model": "cats", "drawing": drawing, **changes}), **drawn_by)
 
 
 def png(shade: int) -> bytes:
@@ -101,6 +102,6 @@ def pictures(storage: Storage, claim: Claim, shade: int = 0) -> list[Picture]:
 def drawn(queue: Queue, storage: Storage, request: NewPrediction, shade: int = 0) -> list[str]:
     """Submit, claim and finish; the ids of the generations."""
     prediction, _ = queue.submit(request)
-    (claim,) = queue.claim("worker", request.model, id=prediction.id)
+    (claim,) = queue.claim("worker", request.ask.model, id=prediction.id)
     assert queue.finish(claim, pictures(storage, claim, shade), {"predict_time": 0.5})
-    return [f"{prediction.id}-{number}" for number in range(request.drawing.count)]
+    return [f"{prediction.id}-{number}" for number in range(request.ask.drawing.count)]

@@ -26,11 +26,12 @@ from raysd.feedback.generations import Generations
 from raysd.references import locate
 from raysd.serve.drawing import Drawing
 from raysd.serve.http.application import build
-from raysd.serve.http.desk import Ask, Ended, Event, Preview, Served, Share
+from raysd.serve.http.desk import Ended, Event, Preview, Served, Share
 from raysd.serve.keys import Keys
 from raysd.serve.metrics import Metrics
-from raysd.serve.predictions import Claim, NewPrediction, Picture, Prediction
+from raysd.serve.predictions import Ask, Claim, NewPrediction, Picture, Prediction
 from raysd.serve.queue import Queue
+from raysd.serve.uploads import Uploads
 from raysd.storage import Storage
 from raysd.study.host import listen
 
@@ -54,6 +55,7 @@ class DirectDesk:
         self, queue: Queue, database: Database, storage: Storage, served: Sequence[Served] = (TINY, CATS)
     ) -> None:
         self.queue, self.database, self.storage, self.served = queue, database, storage, list(served)
+        self.uploads = Uploads(storage)
         self.asks: list[Ask] = []
         self.step: Callable[[], None] = lambda: None
         self._watchers: dict[str, list[asyncio.Queue[Event]]] = {}
@@ -77,10 +79,7 @@ class DirectDesk:
         shares = [share for share in model.traffic if ask.version in (None, share.ref, share.digest)]
         if not shares:
             raise NotFound(f"version: {model.name} has no {ask.version}")
-        same = ("api", "model", "drawing", "owner", "user", "deadline", "webhook", "webhook_events")
-        more = ("idempotency_key", "withhold", "body", "comparison")
-        values = {name: getattr(ask, name) for name in (*same, *more)}
-        new = NewPrediction(ref=shares[0].ref, digest=shares[0].digest, **values)
+        new = NewPrediction(ask, shares[0].ref, shares[0].digest)
         prediction, _ = await asyncio.to_thread(self.queue.submit, new)
         self.asks.append(ask)
         self._wake.set()
@@ -111,16 +110,14 @@ class DirectDesk:
 
     async def delete(self, id: str) -> None:
         for upload in await asyncio.to_thread(self.queue.delete, id):
-            await asyncio.to_thread(self.storage.delete, f"uploads/{upload}.png")
+            await asyncio.to_thread(self.uploads.delete, upload)
         await asyncio.to_thread(Generations(self.database, self.storage).sweep)
 
     async def read(self, path: str) -> bytes:
         return await asyncio.to_thread(self.storage.read, path)
 
     async def keep_upload(self, png: bytes) -> str:
-        sha256 = hashlib.sha256(png).hexdigest()
-        await asyncio.to_thread(self.storage.write, f"uploads/{sha256}.png", png)
-        return sha256
+        return await asyncio.to_thread(self.uploads.keep, png)
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -175,8 +172,8 @@ class DirectDesk:
             image = Image.composite(image, given.resize(image.size), mask.resize(image.size))
         return image
 
-    def _upload(self, sha256: str | None) -> Image.Image:
-        return Image.open(io.BytesIO(self.storage.read(f"uploads/{sha256}.png")))
+    def _upload(self, sha256: str) -> Image.Image:
+        return Image.open(io.BytesIO(self.uploads.read(sha256)))
 
     def _keep(self, prediction: Prediction, drawing: Drawing, number: int, image: Image.Image) -> Picture:
         body = io.BytesIO()

@@ -1,6 +1,6 @@
 """Pictures that were drawn: recorded, found, deleted on request, and their files removed when retention ends."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +13,6 @@ from raysd.database import Clock, Database
 from raysd.errors import NotFound
 from raysd.feedback.tables import FeedbackRow, GenerationRow
 from raysd.patience import Patient
-from raysd.serve.tables import PredictionRow
 from raysd.storage import Storage
 
 FOLDER = "generated"
@@ -84,10 +83,10 @@ class Generations:
             swept += len(due)
         return swept
 
-    def strays(self, before: str) -> int:
+    def strays(self, before: str, known: Callable[[Set[str]], Set[str]]) -> int:
         """Remove pictures of days before `before` (YYYY-MM-DD) that no generation names: who drew them lost the claim.
 
-        Only those of predictions that this database holds: others are another service's, whose store this is too.
+        Only of predictions that are `known`: others are another service's, whose store this is too.
         Choose a day so long ago that nothing of it is being drawn.
         """
         folders = [entry.path for entry in self._storage.list(FOLDER, recursive=False) if entry.path.endswith("/")]
@@ -95,18 +94,18 @@ class Generations:
         paths = [entry.path for folder in old for entry in self._storage.list(folder)]
         removed = 0
         for start in range(0, len(paths), AT_ONCE):
-            unnamed = self._unnamed(paths[start : start + AT_ONCE])
+            unnamed = self._unnamed(paths[start : start + AT_ONCE], known)
             for path in unnamed:
                 self._storage.delete(path)
             removed += len(unnamed)
         return removed
 
-    def _unnamed(self, paths: Sequence[str]) -> list[str]:
-        """Those of predictions here that no generation names."""
+    def _unnamed(self, paths: Sequence[str], known: Callable[[Set[str]], Set[str]]) -> list[str]:
+        """Those of known predictions that no generation names."""
         drawn_for = {path: path.rpartition("/")[2].partition("-")[0] for path in paths}
         named = select(GenerationRow.path).where(GenerationRow.path.in_(paths))
-        known = select(PredictionRow.id).where(PredictionRow.id.in_(set(drawn_for.values())))
-        kept, here = self._patient.read(lambda session: ({*session.scalars(named)}, {*session.scalars(known)}))
+        here = known(set(drawn_for.values()))
+        kept = self._patient.read(lambda session: {*session.scalars(named)})
         return [path for path in paths if path not in kept and drawn_for[path] in here]
 
     def _remove(self, pictures: Sequence[tuple[str, str]]) -> None:

@@ -14,32 +14,44 @@ LIVE: tuple[Status, ...] = ("starting", "processing")
 
 
 @dataclass(frozen=True)
-class NewPrediction:
-    """A request to be accepted. `deadline` is in epoch seconds.
-
-    `body` is the request as it was sent, against which another one with the same `idempotency_key` is held; the API,
-    model and drawing if not given. `withhold`: the prompt is not kept once it has ended. `comparison` joins the two of a
-    blind comparison. `shadow_of`: drawn for its own sake, beside the prediction of that id, and seen by no client.
-    `request_id` and `traceparent` (W3C Trace Context) are those of the HTTP request that asked for it.
-    """
+class Ask:
+    """A request that was found to be in order. `user` is a digest, the same for the same user of the same owner."""
 
     api: Api
     model: str
-    ref: str
-    digest: str
     drawing: Drawing
     owner: str | None = None
     user: str | None = None
+    idempotency_key: str | None = None
+    body: str | None = None
+    """What was sent, as a digest: another request with the same key has to be the same. None: API, model and drawing are."""
+    version: str | None = None
+    """A reference or digest that must draw it; else the model's traffic decides."""
+    lora: str | None = None
     deadline: float | None = None
+    """Epoch seconds after which it is given up."""
     webhook: str | None = None
     webhook_events: tuple[str, ...] = ()
     withhold: bool = False
-    idempotency_key: str | None = None
-    body: str | None = None
+    """The prompt is not kept once it is drawn."""
     comparison: str | None = None
-    shadow_of: str | None = None
+    """What joins the two predictions of a blind comparison."""
     request_id: str | None = None
     traceparent: str | None = None
+    """Trace Context (W3C) of the request, or of its caller where nothing is traced here."""
+
+
+@dataclass(frozen=True)
+class NewPrediction:
+    """A request to be accepted, and the version that draws it.
+
+    `shadow_of`: drawn for its own sake, beside the prediction of that id, and seen by no client.
+    """
+
+    ask: Ask
+    ref: str
+    digest: str
+    shadow_of: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Accepted requests in the database: the one way for work to reach a replica, whichever processes die meanwhile."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from sqlalchemy import func, or_, select, tuple_
@@ -12,7 +12,7 @@ from raysd.database import Clock, Database
 from raysd.errors import NotFound, RequestError
 from raysd.idempotency import Seal, seal
 from raysd.patience import Patient
-from raysd.serve import claims, limits, rows
+from raysd.serve import claims, limits, rows, uploads
 from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import LIVE, Claim, Cursor, NewPrediction, Picture, Prediction
 from raysd.serve.tables import PredictionRow
@@ -48,11 +48,12 @@ class Queue:
         Raises TooMany where a limit of the owner's key is reached, RequestError for a key that was used for another
         request or for text that cannot be kept, and NotFound for the shadow of what was cancelled or deleted.
         """
+        ask = new.ask
         for name in ("prompt", "negative"):
-            if not sql.storable(getattr(new.drawing, name)):
+            if not sql.storable(getattr(ask.drawing, name)):
                 raise RequestError(f"{name}: holds a NUL or half a character (\\ud8xx alone); leave it out")
-        body = new.body or f"{new.api} {new.model} {new.drawing.model_dump_json()}"
-        mark = seal(new.idempotency_key, body, "prediction", new.owner) if new.idempotency_key is not None else None
+        body = ask.body or f"{ask.api} {ask.model} {ask.drawing.model_dump_json()}"
+        mark = seal(ask.idempotency_key, body, "prediction", ask.owner) if ask.idempotency_key is not None else None
         id = sql.new_id()
         return self._patient.write(lambda session, now: _submit(session, now, id, new, mark))
 
@@ -143,7 +144,7 @@ class Queue:
 
         def work(session: Session, now: float) -> Sequence[PredictionRow]:
             row = _locked(session, id)
-            started_from.update(_uploads(row.drawing))
+            started_from.update(uploads.named(row.drawing))
             return claims.delete(session, now, row)
 
         self._ending(work)
@@ -166,7 +167,14 @@ class Queue:
 
     def _needed(self) -> set[str]:
         live = select(PredictionRow.drawing).where(PredictionRow.status.in_(LIVE))
-        return self._patient.read(lambda session: {name for one in session.scalars(live) for name in _uploads(one)})
+        return self._patient.read(
+            lambda session: {name for one in session.scalars(live) for name in uploads.named(one)}
+        )
+
+    def known(self, ids: Collection[str]) -> set[str]:
+        """Those of `ids` that are predictions of this database."""
+        here = select(PredictionRow.id).where(PredictionRow.id.in_(ids))
+        return self._patient.read(lambda session: {*session.scalars(here)})
 
     def waiting(self, model: str) -> int:
         """Predictions of a model that nobody has claimed, but for shadows."""
@@ -203,8 +211,8 @@ def _submit(session: Session, now: float, id: str, new: NewPrediction, mark: Sea
         return rows.read(session, [former])[0], former.id == id
     if new.shadow_of is not None:
         _refuse_orphan(session, new.shadow_of)
-    elif new.owner is not None:
-        limits.enforce(session, now, new.owner, new.drawing.count)
+    elif new.ask.owner is not None:
+        limits.enforce(session, now, new.ask.owner, new.ask.drawing.count)
     row = rows.new_row(id, new, mark, now)
     session.add(row)
     session.flush()
@@ -215,10 +223,6 @@ def _refuse_orphan(session: Session, of: str) -> None:
     seen = session.get(PredictionRow, of, with_for_update=True)
     if seen is not None and (seen.cancel_requested or seen.deleted is not None):
         raise NotFound(f"prediction {of}: was cancelled or deleted")
-
-
-def _uploads(drawing: Mapping[str, Any]) -> set[str]:
-    return {drawing[name] for name in ("image", "mask") if drawing.get(name) is not None}
 
 
 def _check(id: str) -> None:

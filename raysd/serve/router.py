@@ -6,12 +6,11 @@ replica, the ingress or the database itself may go away meanwhile, and come back
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -19,11 +18,12 @@ from typing import Any
 from raysd.errors import NotFound, RaysdError
 from raysd.feedback.generations import Generations
 from raysd.serve import tracing
-from raysd.serve.http.desk import UPLOADS_KEPT, Ask, Busy, Ended, Event, Preview, Served
+from raysd.serve.http.desk import Busy, Ended, Event, Preview, Served
 from raysd.serve.metrics import Metrics
-from raysd.serve.predictions import NewPrediction, Prediction
+from raysd.serve.predictions import Ask, NewPrediction, Prediction
 from raysd.serve.queue import Queue
 from raysd.serve.routes import Routes, Target
+from raysd.serve.uploads import Uploads
 from raysd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ COUNT_AGAIN = 0.1
 """Seconds after which it is counted once more before a request is refused, for much may have been claimed since."""
 TIDY = 3600.0
 """Seconds between removals of what is kept no longer."""
-UPLOADS = "uploads"
 CALL_AGAIN = 2.0
 """Seconds before a replica is called again for a prediction whose replica was lost, or that none had room for."""
 
@@ -94,6 +93,7 @@ class Router:
         generations: Generations,
     ):
         self.queue, self.storage, self.routes, self.metrics = queue, storage, routes, metrics
+        self.uploads = Uploads(storage)
         self._replicas, self._generations = replicas, generations
         self._backlogs = {model: Backlog(most_waiting[model]) for model in replicas}
         self._watchers: dict[str, list[asyncio.Queue[Event]]] = {}
@@ -116,10 +116,10 @@ class Router:
     async def submit(self, ask: Ask) -> Prediction:
         target, shadows = await asyncio.to_thread(self.routes.choose, ask)
         if ask.idempotency_key is None:  # else it may have been drawn long ago
-            await asyncio.to_thread(self._find_uploads, ask)
+            await asyncio.to_thread(self.uploads.require, ask.drawing.model_dump())
         await self._refuse_too_many(ask.model, target)
         with tracing.span("accept", {"raysd.model": ask.model, "raysd.version": target.ref}):
-            prediction, fresh = await self._written(self._new(ask, target))
+            prediction, fresh = await self._written(NewPrediction(ask, target.ref, target.digest))
             tracing.note({"raysd.prediction": prediction.id, "raysd.fresh": fresh})
         if fresh:
             self._call(prediction.id, prediction.model)
@@ -173,18 +173,7 @@ class Router:
         return await asyncio.to_thread(self.storage.read, path)
 
     async def keep_upload(self, png: bytes) -> str:
-        sha256 = hashlib.sha256(png).hexdigest()
-        await asyncio.to_thread(self.storage.write, f"{UPLOADS}/{sha256}.png", png)
-        return sha256
-
-    def _find_uploads(self, ask: Ask) -> None:
-        """Raises NotFound where a picture to start from is not here, or no longer."""
-        for field in ("image", "mask"):
-            sha256 = getattr(ask.drawing, field)
-            if sha256 is not None and not self.storage.exists(f"{UPLOADS}/{sha256}.png"):
-                raise NotFound(
-                    f"{field}: no such upload, or it was removed after {UPLOADS_KEPT // 86400:.0f} days: send it again"
-                )
+        return await asyncio.to_thread(self.uploads.keep, png)
 
     async def _refuse_too_many(self, model: str, target: Target) -> None:
         """Raises Busy where as many wait for the model as may."""
@@ -197,37 +186,16 @@ class Router:
 
     async def _written(self, new: NewPrediction) -> tuple[Prediction, bool]:
         """Accepted, and counted among those that wait; whether it is new."""
-        backlog = self._backlogs[new.model]
+        backlog = self._backlogs[new.ask.model]
         with backlog.entering():
             prediction, fresh = await asyncio.to_thread(self.queue.submit, new)
             backlog.written += fresh
         return prediction, fresh
 
-    def _new(self, ask: Ask, target: Target, shadow_of: str | None = None) -> NewPrediction:
-        return NewPrediction(
-            api=ask.api,
-            model=ask.model,
-            ref=target.ref,
-            digest=target.digest,
-            drawing=ask.drawing,
-            owner=ask.owner,
-            user=ask.user,
-            deadline=ask.deadline,
-            webhook=None if shadow_of else ask.webhook,
-            webhook_events=() if shadow_of else ask.webhook_events,
-            withhold=ask.withhold,
-            idempotency_key=None if shadow_of else ask.idempotency_key,
-            body=None if shadow_of else ask.body,
-            comparison=None if shadow_of else ask.comparison,
-            shadow_of=shadow_of,
-            request_id=ask.request_id,
-            traceparent=ask.traceparent,
-        )
-
     async def _shadow(self, ask: Ask, target: Target, of: Prediction) -> None:
         """Have it drawn by another version besides, by whoever has nothing else to do. Its failure is nobody's."""
         try:
-            await asyncio.to_thread(self.queue.submit, self._new(ask, target, of.id))
+            await asyncio.to_thread(self.queue.submit, _shadow_of(of.id, ask, target))
         except Exception as error:
             log.warning("shadow of %s: %s", of.id, error)
 
@@ -318,19 +286,19 @@ class Router:
             try:
                 await asyncio.to_thread(self._generations.sweep)
                 before = datetime.now(UTC) - timedelta(days=2)
-                await asyncio.to_thread(self._generations.strays, before.strftime("%Y-%m-%d"))
-                await asyncio.to_thread(self._forget_uploads)
+                await asyncio.to_thread(self._generations.strays, before.strftime("%Y-%m-%d"), self.queue.known)
+                await asyncio.to_thread(self.uploads.forget)
             except Exception as error:
                 log.warning("old pictures could not be removed: %s", error)
 
     def _remove(self, uploads: Set[str]) -> None:
         """Files of what was deleted. Raises StorageError; then they go when their retention ends."""
         for sha256 in uploads:
-            self.storage.delete(f"{UPLOADS}/{sha256}.png")
+            self.uploads.delete(sha256)
         self._generations.sweep()
 
-    def _forget_uploads(self) -> None:
-        now = self.storage.now()
-        for entry in self.storage.list(UPLOADS):
-            if now - entry.modified > UPLOADS_KEPT:
-                self.storage.delete(entry.path)
+
+def _shadow_of(id: str, ask: Ask, target: Target) -> NewPrediction:
+    """The same for another version: nobody is told of it, and it is no answer to a repeated request."""
+    alone = replace(ask, webhook=None, webhook_events=(), idempotency_key=None, body=None, comparison=None)
+    return NewPrediction(alone, target.ref, target.digest, shadow_of=id)

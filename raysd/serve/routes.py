@@ -22,7 +22,8 @@ from raysd.export.kept import is_kept, refusal
 from raysd.references import identity, identity_of, locate
 from raysd.registry import Registry, Version, signing, traffic
 from raysd.registry.records import File, blob_path, parse
-from raysd.serve.http.desk import Ask, Served, Share
+from raysd.serve.http.desk import Served, Share
+from raysd.serve.predictions import Ask
 from raysd.storage import Storage
 
 log = logging.getLogger(__name__)

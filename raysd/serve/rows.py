@@ -13,32 +13,33 @@ from raysd.serve.tables import PredictionRow
 
 def new_row(id: str, new: NewPrediction, seal: Seal | None, now: float) -> PredictionRow:
     """A row that waits in the queue."""
+    ask = new.ask
     return PredictionRow(
         id=id,
-        api=new.api,
-        owner=new.owner,
-        user=new.user,
-        model=new.model,
+        api=ask.api,
+        owner=ask.owner,
+        user=ask.user,
+        model=ask.model,
         ref=new.ref,
         digest=new.digest,
-        drawing=new.drawing.model_dump(mode="json"),
-        count=new.drawing.count,
+        drawing=ask.drawing.model_dump(mode="json"),
+        count=ask.drawing.count,
         status="starting",
         metrics={},
         created=now,
-        deadline=new.deadline,
+        deadline=ask.deadline,
         cancel_requested=False,
         attempt=0,
         token=0,
-        webhook=new.webhook,
-        webhook_events=list(new.webhook_events),
-        withhold=new.withhold,
+        webhook=ask.webhook,
+        webhook_events=list(ask.webhook_events),
+        withhold=ask.withhold,
         shadow_of=new.shadow_of,
-        comparison=new.comparison,
+        comparison=ask.comparison,
         seal_name=seal and seal.name,
         seal_body=seal and seal.body,
-        request_id=new.request_id,
-        traceparent=new.traceparent,
+        request_id=ask.request_id,
+        traceparent=ask.traceparent,
     )
 
 

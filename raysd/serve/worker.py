@@ -22,7 +22,7 @@ from opentelemetry.trace import SpanKind
 from PIL import Image
 
 from raysd.draw import metadata
-from raysd.errors import NotFound, RaysdError, StorageError
+from raysd.errors import RaysdError, StorageError
 from raysd.feedback.generations import FOLDER
 from raysd.serve import tracing
 from raysd.serve.claims import MOST_ATTEMPTS
@@ -36,6 +36,7 @@ from raysd.serve.queue import Queue
 from raysd.serve.safety import Flagged
 from raysd.serve.scheduler import Busy, Canceled, Picture, Scheduler
 from raysd.serve.threads import in_passing
+from raysd.serve.uploads import FIELDS, Uploads
 from raysd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class Worker:
         finish: Finish | None = None,
     ):
         self.name, self.model, self.queue, self.storage = name, model, queue, storage
+        self.uploads = Uploads(storage)
         self.pool, self.scheduler, self.metrics, self.most = pool, scheduler, metrics, most
         self.finish = finish or Finish()
         self.queued = 0
@@ -184,7 +186,7 @@ class Worker:
     def _drawn(self, claim: Claim, ready: Ready) -> tuple[list[Image.Image], dict[str, Any]]:
         prediction = claim.prediction
         drawing = Drawing.model_validate(prediction.drawing)
-        inputs = {name: self._upload(getattr(drawing, name)) for name in ("image", "mask")}
+        inputs = {field: self._upload(getattr(drawing, field)) for field in FIELDS}
         due: Due = queues.SimpleQueue()
         pictures = [
             Picture(
@@ -244,15 +246,7 @@ class Worker:
         return Kept(number, path, sha256, drawing.seed, image.width, image.height)
 
     def _upload(self, sha256: str | None) -> bytes | None:
-        if sha256 is None:
-            return None
-        try:
-            data = self.storage.read(f"uploads/{sha256}.png")
-        except NotFound:
-            raise RaysdError("the uploaded picture is no longer here: send it again") from None
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise RaysdError("the uploaded picture is damaged in the store: send it again")
-        return data
+        return self.uploads.read(sha256) if sha256 is not None else None
 
     def _failed(self, claim: Claim, reason: str, outcome: Outcome = "failed") -> None:
         if self._quietly(partial(self.queue.fail, claim, reason)):

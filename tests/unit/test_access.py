@@ -191,13 +191,14 @@ def test_what_draws_nothing_is_limited_too(public):
     headers = bearer(service.key(requests_per_minute=1))
     sent = [client.post("/v1/files", files=files, headers=headers) for _ in range(2)]
     assert [answer.status_code for answer in sent] == [201, 429]
-    kept = list(service.storage.list("uploads"))
+    kept = list(service.storage.list("serving/uploads"))
+    assert len(kept) == 1
     link = "data:image/png;base64," + base64.b64encode(png(9)).decode()
     asked = {"version": "cats", "input": {"prompt": "x", "image": link}}
     assert client.post("/v1/predictions", json=asked, headers=headers).status_code == 429
     form = {"data": {"prompt": "x", "model": "cats"}, "files": {"image": ("a.png", png(9), "image/png")}}
     assert client.post("/v1/images/edits", **form, headers=headers).status_code == 429
-    assert list(service.storage.list("uploads")) == kept
+    assert list(service.storage.list("serving/uploads")) == kept
 
 
 # On loopback

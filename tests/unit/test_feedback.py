@@ -362,7 +362,7 @@ def test_strays_of_former_days_are_removed(queue, storage, generations):
     stray, today = f"generated/1970-01-12/{id}-1-0.png", f"generated/1970-01-13/{id}-1-0.png"
     for path in (stray, today):
         storage.write(path, b"x")
-    assert generations.strays("1970-01-13") == 1
+    assert generations.strays("1970-01-13", queue.known) == 1
     assert [entry.path for entry in storage.list("generated")] == [generations.get(generation).path, today]
 
 
@@ -372,8 +372,9 @@ def test_pictures_of_another_database_are_no_strays(queue, storage, generations,
     path = generations.get(generation).path
     other = Database(f"sqlite:///{tmp_path}/other.db", storage)
     other.migrate()
-    drawn(Queue(other, clock=clock), storage, new())
-    assert Generations(other, storage, clock=clock).strays("1970-01-13") == 0
+    others = Queue(other, clock=clock)
+    drawn(others, storage, new())
+    assert Generations(other, storage, clock=clock).strays("1970-01-13", others.known) == 0
     assert storage.exists(path)
     other.close()
 

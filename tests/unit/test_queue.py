@@ -88,7 +88,7 @@ def test_what_is_submitted_is_found(queue, clock):
     prediction, is_new = queue.submit(given)
     assert is_new
     assert queue.get(prediction.id) == prediction
-    assert Drawing.model_validate(prediction.drawing) == given.drawing
+    assert Drawing.model_validate(prediction.drawing) == given.ask.drawing
     assert (prediction.status, prediction.ended, prediction.attempt) == ("starting", False, 0)
     assert (prediction.created, prediction.user, prediction.webhook_events) == (clock.now, "u", ["completed"])
     assert len(prediction.id) == 26
@@ -265,7 +265,7 @@ def test_a_finished_prediction_has_its_pictures_and_records(queue, clock, databa
     assert found.pictures == made
     assert (found.status, found.ended, found.metrics) == ("succeeded", True, {"predict_time": 2.0})
     assert (found.started, found.completed) == (clock.now - 2, clock.now)
-    assert Drawing.model_validate(found.drawing) == new("a cat", negative="dogs", seed=7, count=2).drawing
+    assert Drawing.model_validate(found.drawing) == new("a cat", negative="dogs", seed=7, count=2).ask.drawing
     assert queue.find("anna", None, 5) == [found]
     one, two = sorted(all_rows(database, GenerationRow), key=lambda row: row.number)
     assert (one.id, two.id) == (f"{found.id}-0", f"{found.id}-1")

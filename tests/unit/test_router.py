@@ -28,9 +28,9 @@ from raysd.serve import router as routers
 from raysd.serve import routes as routing
 from raysd.serve.drawing import Drawing
 from raysd.serve.http.catalog import find
-from raysd.serve.http.desk import Ask, Busy, Served
+from raysd.serve.http.desk import Busy, Served
 from raysd.serve.metrics import Metrics
-from raysd.serve.predictions import NewPrediction, Picture, Prediction
+from raysd.serve.predictions import Ask, NewPrediction, Picture, Prediction
 from raysd.serve.queue import Queue
 from raysd.serve.router import Router
 from raysd.serve.routes import Routes, Target
@@ -269,7 +269,7 @@ def test_what_is_deleted_takes_its_files_along(registry: Registry, put: Callable
         desk.queue.finish(claim, [picture], {})
         await router.delete(made.id)
         assert not storage.exists(picture.path)
-        assert not storage.exists(f"uploads/{drawing.image}.png")
+        assert not storage.exists(f"serving/uploads/{drawing.image}.png")
         with pytest.raises(NotFound):
             await router.delete("x" * 26)
 

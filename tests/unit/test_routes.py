@@ -12,7 +12,7 @@ from raysd.errors import IntegrityError, NotFound, RequestError
 from raysd.registry import Registry, Version
 from raysd.serve import routes as routing
 from raysd.serve.drawing import Drawing
-from raysd.serve.http.desk import Ask
+from raysd.serve.predictions import Ask
 from raysd.serve.routes import Routes, Target
 from tests.versions import files_of
 

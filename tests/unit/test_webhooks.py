@@ -17,7 +17,7 @@ from raysd.database import Database
 from raysd.serve.drawing import Drawing
 from raysd.serve.http import webhooks
 from raysd.serve.http.outbox import Outbox
-from raysd.serve.predictions import NewPrediction
+from raysd.serve.predictions import Ask, NewPrediction
 from raysd.serve.queue import Queue
 from raysd.storage import Storage
 from tests.serving import listening, parts
@@ -176,7 +176,7 @@ def test_two_processes_do_not_take_the_same_message(kind, tmp_path, request):
     database = Database(url, storage)
     database.migrate()
     queue, outbox = Queue(database), Outbox(database)
-    new = NewPrediction("predictions", "cats", "cats@1", "0" * 64, Drawing.model_validate({"prompt": "x"}))
+    new = NewPrediction(Ask("predictions", "cats", Drawing(prompt="x")), "cats@1", "0" * 64)
     for _ in range(12):
         prediction, _ = queue.submit(new)
         for _ in range(2):

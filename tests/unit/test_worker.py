@@ -18,7 +18,7 @@ from raysd.registry import Registry
 from raysd.serve.drawing import Drawing
 from raysd.serve.metrics import Metrics
 from raysd.serve.pool import Pool
-from raysd.serve.predictions import NewPrediction, Prediction
+from raysd.serve.predictions import Ask, NewPrediction, Prediction
 from raysd.serve.predictor import Predictor, Sample
 from raysd.serve.queue import Queue
 from raysd.serve.scheduler import Scheduler
@@ -46,9 +46,11 @@ class Bench:
         self.workers.append(worker)
         return worker
 
-    def submit(self, drawing: Drawing = WISH, **more: object) -> Prediction:
-        target = {"ref": str(self.base), "digest": identity(self.base), **more}
-        return self.queue.submit(NewPrediction("predictions", "cats", drawing=drawing, **target))[0]  # type: ignore[arg-type]
+    def submit(
+        self, drawing: Drawing = WISH, ref: str | None = None, digest: str | None = None, deadline: float | None = None
+    ) -> Prediction:
+        ask = Ask("predictions", "cats", drawing, deadline=deadline)
+        return self.queue.submit(NewPrediction(ask, ref or str(self.base), digest or identity(self.base)))[0]
 
     def ended(self, id: str) -> Prediction:
         end = time.monotonic() + 300

@@ -11,11 +11,10 @@ from raysd.errors import TooMany
 from raysd.serve import tracing
 from raysd.serve.drawing import Drawing
 from raysd.serve.http.catalog import find
-from raysd.serve.http.desk import Ask
 from raysd.serve.http.links import user_digest
 from raysd.serve.http.service import Service, caller_of
 from raysd.serve.http.wire import User, Wire
-from raysd.serve.predictions import Api, Prediction
+from raysd.serve.predictions import Api, Ask, Prediction
 
 _TRACE = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 Key = Annotated[

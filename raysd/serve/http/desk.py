@@ -5,11 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from raysd.errors import RaysdError
-from raysd.serve.drawing import Drawing
-from raysd.serve.predictions import Api, Prediction
-
-UPLOADS_KEPT = 7 * 86400.0
-"""Seconds for which pictures that were sent in are kept."""
+from raysd.serve.predictions import Ask, Prediction
 
 
 class Busy(RaysdError):
@@ -43,34 +39,6 @@ class Served:
     """All its versions, the largest share first."""
     withdrawn: str | None = None
     """Why nothing draws it any more."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A request that was found to be in order. `user` is a digest, the same for the same user of the same owner."""
-
-    api: Api
-    model: str
-    drawing: Drawing
-    owner: str | None = None
-    user: str | None = None
-    idempotency_key: str | None = None
-    body: str | None = None
-    """What was sent, as a digest: another request with the same key has to be the same."""
-    version: str | None = None
-    """A reference or digest that must draw it; else the model's traffic decides."""
-    lora: str | None = None
-    deadline: float | None = None
-    """Epoch seconds after which it is given up."""
-    webhook: str | None = None
-    webhook_events: tuple[str, ...] = ()
-    withhold: bool = False
-    """The prompt is not kept once it is drawn."""
-    comparison: str | None = None
-    """What joins the two predictions of a blind comparison."""
-    request_id: str | None = None
-    traceparent: str | None = None
-    """Trace Context (W3C) of the request, or of its caller where nothing is traced here."""
 
 
 @dataclass(frozen=True)

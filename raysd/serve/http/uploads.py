@@ -10,10 +10,10 @@ from pydantic import BaseModel, Field
 
 from raysd.errors import RequestError
 from raysd.serve.http import pictures
-from raysd.serve.http.desk import UPLOADS_KEPT
 from raysd.serve.http.errors import REPLICATE
 from raysd.serve.http.service import Service, caller_of, may
 from raysd.serve.http.wire import Input, Text, Wire
+from raysd.serve.uploads import KEPT
 
 _FILE = re.compile(
     r"https?://[^/?#]+(?:/[^?#]*)?/v1/files/(?P<digest>[0-9a-f]{64})-(?P<width>\d{1,5})x(?P<height>\d{1,5})"
@@ -109,7 +109,7 @@ def routes(service: Service) -> APIRouter:
             checksums={"sha256": kept.digest},
             metadata={},
             created_at=now.isoformat(timespec="milliseconds"),
-            expires_at=(now + timedelta(seconds=UPLOADS_KEPT)).isoformat(timespec="milliseconds"),
+            expires_at=(now + timedelta(seconds=KEPT)).isoformat(timespec="milliseconds"),
             urls={"get": f"{service.base(request)}/v1/files/{name}"},
         )
 
