@@ -55,7 +55,6 @@ class DirectDesk:
         self, queue: Queue, database: Database, storage: Storage, served: Sequence[Served] = (TINY, CATS)
     ) -> None:
         self.queue, self.database, self.storage, self.served = queue, database, storage, list(served)
-        self.uploads = Uploads(storage)
         self.asks: list[Ask] = []
         self.step: Callable[[], None] = lambda: None
         self._watchers: dict[str, list[asyncio.Queue[Event]]] = {}
@@ -109,15 +108,16 @@ class DirectDesk:
         return prediction
 
     async def delete(self, id: str) -> None:
+        uploads = Uploads(self.storage, self.queue.get(id).owner)
         for upload in await asyncio.to_thread(self.queue.delete, id):
-            await asyncio.to_thread(self.uploads.delete, upload)
+            await asyncio.to_thread(uploads.delete, upload)
         await asyncio.to_thread(Generations(self.database, self.storage).sweep)
 
     async def read(self, path: str) -> bytes:
         return await asyncio.to_thread(self.storage.read, path)
 
-    async def keep_upload(self, png: bytes) -> str:
-        return await asyncio.to_thread(self.uploads.keep, png)
+    async def keep_upload(self, png: bytes, owner: str | None) -> str:
+        return await asyncio.to_thread(Uploads(self.storage, owner).keep, png)
 
     def _work(self) -> None:
         while not self._stop.is_set():
@@ -168,12 +168,11 @@ class DirectDesk:
             callback_on_step_end=step,
         ).images[0]
         if drawing.mask is not None:  # the picture stays where the mask is black
-            given, mask = self._upload(drawing.image).convert("RGB"), self._upload(drawing.mask).convert("L")
+            uploads = Uploads(self.storage, claim.prediction.owner)
+            given, mask = (Image.open(io.BytesIO(uploads.read(name))) for name in (drawing.image, drawing.mask))
+            given, mask = given.convert("RGB"), mask.convert("L")
             image = Image.composite(image, given.resize(image.size), mask.resize(image.size))
         return image
-
-    def _upload(self, sha256: str) -> Image.Image:
-        return Image.open(io.BytesIO(self.uploads.read(sha256)))
 
     def _keep(self, prediction: Prediction, drawing: Drawing, number: int, image: Image.Image) -> Picture:
         body = io.BytesIO()

@@ -98,7 +98,7 @@ def stop(session: Session, now: float, claim: Claim, status: Status, error: str 
     """Fail, or cancel what the holder was asked to cancel."""
     row = _locked(session, claim)
     if row is None or row.status != "processing":
-        return row is not None and row.status == status and row.error != LATE  # that end was `expire`'s
+        return row is not None and row.status == status
     end(row, now, status, error)
     return True
 
@@ -143,6 +143,7 @@ def expire(session: Session, now: float) -> Sequence[PredictionRow]:
     due = select(PredictionRow).where(or_(late, hopeless)).limit(AT_ONCE).with_for_update(skip_locked=True)
     rows = session.scalars(due).all()
     for row in rows:
+        _fence(row)
         if row.deadline is not None and row.deadline <= now:
             end(row, now, "aborted" if row.started is None else "canceled", LATE)
         elif row.cancel_requested:
@@ -186,6 +187,7 @@ def _stop(now: float, rows: Sequence[PredictionRow]) -> Sequence[PredictionRow]:
     for row in live:
         row.cancel_requested = True
         if row.lease_end is None or row.lease_end < now:
+            _fence(row)
             end(row, now, "canceled")
     return [row for row in live if row.status not in LIVE]
 
@@ -200,6 +202,11 @@ def _erase(session: Session, now: float, rows: Sequence[PredictionRow]) -> None:
         row.user, row.deleted = None, row.deleted or now
     of_these = GenerationRow.prediction_id.in_([row.id for row in rows])
     bury(session, now, session.scalars(select(GenerationRow).where(of_these)).all())
+
+
+def _fence(row: PredictionRow) -> None:
+    """Another than its holder ends it: who held it is told so, and counts no end of his own."""
+    row.token += 1
 
 
 def _drop_prompt(row: PredictionRow) -> None:

@@ -49,7 +49,7 @@ IMAGES = Metric("counter", "raysd_images_total", "Pictures drawn")
 NAN_PICTURES = Metric("counter", "raysd_nan_pictures_total", "Pictures given up because their latents were not finite")
 FLAGGED = Metric("counter", "raysd_flagged_pictures_total", "Pictures that the safety classifier held back")
 IN_PROGRESS = Metric("gauge", "raysd_images_in_progress", "Pictures being drawn by this process", ("model",))
-DEPTH = Metric("gauge", "raysd_queue_depth", "Requests accepted and not yet claimed, in the whole service", ("model",))
+DEPTH = Metric("gauge", "raysd_queue_depth", "Pictures asked for and not yet claimed, in the whole service", ("model",))
 REPLICAS = Metric("gauge", "raysd_replicas", "1 from each process that is ready to draw the model", ("model",))
 LOADS = Metric("counter", "raysd_model_loads_total", "Models loaded, or refused at load", BY_OUTCOME)
 LORA_LOAD = Metric("histogram", "raysd_lora_load_seconds", "Putting a LoRA version onto its base", buckets=SECONDS)
@@ -130,9 +130,9 @@ class Metrics:
         """How many pictures this process is drawing now."""
         self._tell(IN_PROGRESS, pictures, model)
 
-    def queued(self, model: str, requests: int) -> None:
-        """How many requests of the whole service wait now."""
-        self._tell(DEPTH, requests, model)
+    def queued(self, model: str, pictures: int) -> None:
+        """How many pictures of the whole service wait now."""
+        self._tell(DEPTH, pictures, model)
 
     def ready(self, model: str, yes: bool = True) -> None:
         """This process can draw the model now, or no longer can."""

@@ -45,17 +45,26 @@ class Queue:
     def submit(self, new: NewPrediction) -> tuple[Prediction, bool]:
         """Accept a request; whether it is new, or its key was seen before and the former one is returned.
 
-        Raises TooMany where a limit of the owner's key is reached, RequestError for a key that was used for another
-        request or for text that cannot be kept, and NotFound for the shadow of what was cancelled or deleted.
+        Raises TooMany where a limit of the owner's key is reached, RequestError where it asks for more than that limit, for
+        an idempotency key that was used for another request, and for text that cannot be kept; NotFound for the shadow of
+        what was cancelled or deleted.
         """
         ask = new.ask
         for name in ("prompt", "negative"):
             if not sql.storable(getattr(ask.drawing, name)):
                 raise RequestError(f"{name}: holds a NUL or half a character (\\ud8xx alone); leave it out")
         body = ask.body or f"{ask.api} {ask.model} {ask.drawing.model_dump_json()}"
-        mark = seal(ask.idempotency_key, body, "prediction", ask.owner) if ask.idempotency_key is not None else None
+        mark = _seal(ask.idempotency_key, body, ask.owner) if ask.idempotency_key is not None else None
         id = sql.new_id()
         return self._patient.write(lambda session, now: _submit(session, now, id, new, mark))
+
+    def former(self, key: str | None, owner: str | None) -> Prediction | None:
+        """What was accepted with that idempotency key of that owner, be it for another request."""
+        if key is None:
+            return None
+        sealed = select(PredictionRow).where(PredictionRow.seal_name == _seal(key, "", owner).name)
+        found = self._patient.read(lambda session: rows.read(session, session.scalars(sealed).all()))
+        return found[0] if found else None
 
     def get(self, id: str) -> Prediction:
         """Raises NotFound."""
@@ -136,19 +145,21 @@ class Queue:
     def delete(self, id: str) -> set[str]:
         """Cancel it, and remove prompt, user, pictures and what was written of them, and the same of its shadows.
 
-        Returns the digests of the uploads that it started from and no live prediction does. The files of pictures are
+        Returns the digests of its owner's uploads that it started from and nothing else does. The files of pictures are
         there until `Generations.sweep`. Again does nothing more. Raises NotFound.
         """
         _check(id)
         started_from: set[str] = set()
+        owners: list[str | None] = []
 
         def work(session: Session, now: float) -> Sequence[PredictionRow]:
             row = _locked(session, id)
             started_from.update(uploads.named(row.drawing))
+            owners.append(row.owner)
             return claims.delete(session, now, row)
 
         self._ending(work)
-        return started_from and started_from - self._needed()
+        return started_from and started_from - self._needed(owners[0])
 
     def expire(self) -> int:
         """End those past their deadline, and those that were claimed too often. How many; again if it is many."""
@@ -165,11 +176,16 @@ class Queue:
             self._metrics.ended(*each)
         return len(ended)
 
-    def _needed(self) -> set[str]:
-        live = select(PredictionRow.drawing).where(PredictionRow.status.in_(LIVE))
-        return self._patient.read(
-            lambda session: {name for one in session.scalars(live) for name in uploads.named(one)}
-        )
+    def _needed(self, owner: str | None) -> set[str]:
+        """The uploads that an owner's predictions started from, as far back as uploads are kept."""
+
+        def work(session: Session) -> set[str]:
+            of_owner = PredictionRow.owner == owner if owner is not None else PredictionRow.owner.is_(None)
+            lately = PredictionRow.created > self._clock(session) - uploads.KEPT
+            drawings = session.scalars(select(PredictionRow.drawing).where(of_owner, lately))
+            return {sha256 for drawing in drawings for sha256 in uploads.named(drawing)}
+
+        return self._patient.read(work)
 
     def known(self, ids: Collection[str]) -> set[str]:
         """Those of `ids` that are predictions of this database."""
@@ -177,9 +193,9 @@ class Queue:
         return self._patient.read(lambda session: {*session.scalars(here)})
 
     def waiting(self, model: str) -> int:
-        """Predictions of a model that nobody has claimed, but for shadows."""
+        """Pictures of a model's predictions that nobody has claimed, but for shadows."""
         unclaimed = PredictionRow.status == "starting", PredictionRow.shadow_of.is_(None)
-        here = select(func.count()).where(PredictionRow.model == model, *unclaimed)
+        here = select(func.sum(PredictionRow.count)).where(PredictionRow.model == model, *unclaimed)
         return self._patient.read(lambda session: session.scalar(here) or 0)
 
     def oldest(self, model: str) -> str | None:
@@ -195,9 +211,9 @@ class Queue:
         id = sql.new_id()
         self._patient.write(lambda session, now: limits.count(session, now, owner, id))
 
-    def hold(self, owner: str) -> None:
-        """Raises TooMany where a picture that is asked for now would be refused; counts nothing."""
-        self._patient.write(lambda session, now: limits.enforce(session, now, owner, 1))
+    def hold(self, owner: str, requests: int = 1) -> None:
+        """Raises what `submit` would raise for so many requests of a picture each; counts nothing."""
+        self._patient.write(lambda session, now: limits.enforce(session, now, owner, requests, requests))
 
 
 def _submit(session: Session, now: float, id: str, new: NewPrediction, mark: Seal | None) -> tuple[Prediction, bool]:
@@ -223,6 +239,10 @@ def _refuse_orphan(session: Session, of: str) -> None:
     seen = session.get(PredictionRow, of, with_for_update=True)
     if seen is not None and (seen.cancel_requested or seen.deleted is not None):
         raise NotFound(f"prediction {of}: was cancelled or deleted")
+
+
+def _seal(key: str, body: str, owner: str | None) -> Seal:
+    return seal(key, body, "prediction", owner)
 
 
 def _check(id: str) -> None:

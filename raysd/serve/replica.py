@@ -122,8 +122,10 @@ class Replica:
         """Serve replaces a replica for which this raises."""
         if self._scheduler.stuck(STUCK):
             raise RuntimeError(f"no denoising step for {STUCK:.0f} s")
-        if self._scheduler.not_finite >= NOT_FINITE:
-            raise RuntimeError(f"{self._scheduler.not_finite} pictures in a row were not finite (NaN)")
+        if len(self._scheduler.not_finite) >= NOT_FINITE:
+            raise RuntimeError(
+                f"the pictures of {len(self._scheduler.not_finite)} requests in a row were not finite (NaN)"
+            )
         if self._scheduler.broken:
             raise RuntimeError(f"{len(self._scheduler.failing)} requests in a row failed with errors of the engine")
 

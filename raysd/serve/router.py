@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
-from raysd.errors import NotFound, RaysdError
+from raysd.errors import NotFound, RaysdError, TooMany
 from raysd.feedback.generations import Generations
 from raysd.serve import tracing
 from raysd.serve.http.desk import Busy, Ended, Event, Preview, Served
@@ -23,7 +23,7 @@ from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import Ask, NewPrediction, Prediction
 from raysd.serve.queue import Queue
 from raysd.serve.routes import Routes, Target
-from raysd.serve.uploads import Uploads
+from raysd.serve.uploads import Uploads, forget
 from raysd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ CALL_AGAIN = 2.0
 
 @dataclass
 class Backlog:
-    """What waits for a model: as the database was counted last, and what came since, which is in no count yet."""
+    """The pictures that wait for a model: as the database was counted last, and what came since, which is in no count yet."""
 
     most: int
     counted: int = 0
@@ -70,13 +70,13 @@ class Backlog:
         self.counted, self.before = await asyncio.to_thread(ask), before
 
     @contextlib.contextmanager
-    def entering(self) -> Iterator[None]:
-        """Take a place before the request is written, so that no other takes it meanwhile."""
-        self.underway += 1
+    def entering(self, pictures: int) -> Iterator[None]:
+        """Take their places before the request is written, so that no other takes them meanwhile."""
+        self.underway += pictures
         try:
             yield
         finally:
-            self.underway -= 1
+            self.underway -= pictures
 
 
 class Router:
@@ -93,7 +93,6 @@ class Router:
         generations: Generations,
     ):
         self.queue, self.storage, self.routes, self.metrics = queue, storage, routes, metrics
-        self.uploads = Uploads(storage)
         self._replicas, self._generations = replicas, generations
         self._backlogs = {model: Backlog(most_waiting[model]) for model in replicas}
         self._watchers: dict[str, list[asyncio.Queue[Event]]] = {}
@@ -114,9 +113,12 @@ class Router:
         return self.routes.served()
 
     async def submit(self, ask: Ask) -> Prediction:
+        former = await asyncio.to_thread(self.queue.former, ask.idempotency_key, ask.owner)
+        if former is not None:  # whatever became of its version, its uploads, or the room for it
+            answer, _ = await asyncio.to_thread(self.queue.submit, NewPrediction(ask, former.ref, former.digest))
+            return answer
         target, shadows = await asyncio.to_thread(self.routes.choose, ask)
-        if ask.idempotency_key is None:  # else it may have been drawn long ago
-            await asyncio.to_thread(self.uploads.require, ask.drawing.model_dump())
+        await asyncio.to_thread(Uploads(self.storage, ask.owner).require, ask.drawing.model_dump())
         await self._refuse_too_many(ask.model, target)
         with tracing.span("accept", {"raysd.model": ask.model, "raysd.version": target.ref}):
             prediction, fresh = await self._written(NewPrediction(ask, target.ref, target.digest))
@@ -167,13 +169,13 @@ class Router:
     async def delete(self, id: str) -> None:
         prediction = await self.cancel(id)
         uploads = await asyncio.to_thread(self.queue.delete, prediction.id)
-        await asyncio.to_thread(self._remove, uploads)
+        await asyncio.to_thread(self._remove, uploads, prediction.owner)
 
     async def read(self, path: str) -> bytes:
         return await asyncio.to_thread(self.storage.read, path)
 
-    async def keep_upload(self, png: bytes) -> str:
-        return await asyncio.to_thread(self.uploads.keep, png)
+    async def keep_upload(self, png: bytes, owner: str | None) -> str:
+        return await asyncio.to_thread(Uploads(self.storage, owner).keep, png)
 
     async def _refuse_too_many(self, model: str, target: Target) -> None:
         """Raises Busy where as many wait for the model as may."""
@@ -182,14 +184,19 @@ class Router:
             await self._recount(model)
         if backlog.full:
             self.metrics.refused(model, target.ref)
-            raise Busy(f"{backlog.waiting} requests wait for {model}: try again later", 5.0)
+            raise Busy(f"{backlog.waiting} pictures wait for {model}: try again later", 5.0)
 
     async def _written(self, new: NewPrediction) -> tuple[Prediction, bool]:
         """Accepted, and counted among those that wait; whether it is new."""
         backlog = self._backlogs[new.ask.model]
-        with backlog.entering():
-            prediction, fresh = await asyncio.to_thread(self.queue.submit, new)
-            backlog.written += fresh
+        pictures = new.ask.drawing.count
+        with backlog.entering(pictures):
+            try:
+                prediction, fresh = await asyncio.to_thread(self.queue.submit, new)
+            except TooMany:
+                self.metrics.refused(new.ask.model, new.ref)
+                raise
+            backlog.written += pictures * fresh
         return prediction, fresh
 
     async def _shadow(self, ask: Ask, target: Target, of: Prediction) -> None:
@@ -287,14 +294,14 @@ class Router:
                 await asyncio.to_thread(self._generations.sweep)
                 before = datetime.now(UTC) - timedelta(days=2)
                 await asyncio.to_thread(self._generations.strays, before.strftime("%Y-%m-%d"), self.queue.known)
-                await asyncio.to_thread(self.uploads.forget)
+                await asyncio.to_thread(forget, self.storage)
             except Exception as error:
                 log.warning("old pictures could not be removed: %s", error)
 
-    def _remove(self, uploads: Set[str]) -> None:
+    def _remove(self, uploads: Set[str], owner: str | None) -> None:
         """Files of what was deleted. Raises StorageError; then they go when their retention ends."""
         for sha256 in uploads:
-            self.uploads.delete(sha256)
+            Uploads(self.storage, owner).delete(sha256)
         self._generations.sweep()
 
 

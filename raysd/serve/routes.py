@@ -9,21 +9,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from raysd.config.serving import ModelSpec
-from raysd.errors import (
-    ExportMissing,
-    ExportRefused,
-    IntegrityError,
-    NotFound,
-    RaysdError,
-    RequestError,
-    StorageError,
-)
-from raysd.export.kept import is_kept, refusal
+from raysd.errors import ExportMissing, IntegrityError, NotFound, RaysdError, RequestError, StorageError
 from raysd.references import identity, identity_of, locate
-from raysd.registry import Registry, Version, signing, traffic
-from raysd.registry.records import File, blob_path, parse
+from raysd.registry import Registry, Version, traffic
+from raysd.registry.records import parse
 from raysd.serve.http.desk import Served, Share
 from raysd.serve.predictions import Ask
+from raysd.serve.soundness import Soundness, is_lora
 from raysd.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -60,15 +52,16 @@ class Routes:
     """The routes of all served models, looked up anew in the background. May be shared by threads.
 
     A version that no replica could load is not switched to, as far as the store tells without a look at the weights:
-    one with a file missing or cut off, one larger than `memory`, and with `signers` (public keys) one that none signed.
-    With ONNX Runtime nor is one whose export was refused, or is not made yet where a replica is there to make it.
+    one with a file missing or cut off, one larger than `memory`, a LoRA whose base was withdrawn, and with `signers` (public
+    keys) one that none signed. With ONNX Runtime nor is one whose export was refused, or is not made yet where a replica is
+    there to make it.
 
     A model that has no version to begin with is left out until it has one, so that it does not keep the others from being
     served. Raises RequestError or IntegrityError where none is left, StorageError for a store that is away.
     """
 
     def __init__(self, storage: Storage, models: Sequence[ModelSpec], signers: Sequence[str] = ()):
-        self.storage, self.registry, self._signers = storage, Registry(storage), signers
+        self.storage, self.registry, self._soundness = storage, Registry(storage), Soundness(storage, tuple(signers))
         self._models = {model.served_name: model for model in models}
         self._fixed: dict[str, tuple[Target, str]] = {}
         self.on_change: Callable[[Target], None] = lambda target: None
@@ -77,7 +70,6 @@ class Routes:
         """Told of each that should and cannot."""
         self.on_unexported: Callable[[Target], None] = lambda target: None
         """Told of each that waits for its export, at each look until it is there. May not take long."""
-        self._sound: set[tuple[str, str]] = set()  # by served name, digests of versions that were checked
         self._routes: dict[str, Route] = {}
         self._withdrawn: dict[str, Served] = {}  # by served name, what it was and why nothing draws it
         self.missing: dict[str, RaysdError] = {}
@@ -134,6 +126,7 @@ class Routes:
             raise NotFound(f"version: {model} has no version {version[:80]}") from None
         if found.model != parse(route.spec.ref).model:
             raise NotFound(f"version: {found.ref} is not a version of {model}")
+        self._soundness.below(found)
         return _target(found)
 
     def _lora(self, route: Route, ref: str, of: Target) -> Target:
@@ -144,11 +137,12 @@ class Routes:
             version = self.registry.resolve(ref)
         except NotFound:  # whose message names models that this caller may not know of
             raise NotFound(f"lora: there is no {ref[:80]}") from None
-        if not _is_lora(version):
+        if not is_lora(version):
             raise RequestError(f"lora: {version.ref} is a whole model; ask for it as model")
         base = route.base if of == route.deployed else self._base(self.registry.resolve(of.ref))
         if version.record.get("base_digest") != base:
             raise RequestError(f"lora: {version.ref} was trained on another base than {of.ref}'s")
+        self._soundness.below(version)
         return _target(version)
 
     def _refresh(self) -> None:
@@ -212,7 +206,7 @@ class Routes:
     def _withdrawal(self, route: Route) -> str | None:
         """What the registry says of it if a model's version was withdrawn; a store that is away or empty says nothing."""
         try:
-            self.registry.resolve(route.deployed.ref)
+            self._resolved(route.deployed)
         except NotFound:
             return None
         except RequestError as error:
@@ -235,8 +229,7 @@ class Routes:
             except RaysdError as error:  # withdrawn since: its share goes to the deployed version
                 log.warning("traffic of %s: %s", version.model, error)
                 continue
-            if self._is_sound(other, model, refused) and self._is_exported(other, model, refused):
-                # Else its share goes there too.
+            if self._can_draw(other, model, refused, drawn=False):  # else its share goes there too
                 versions[number] = _target(other)
                 bases.add(self._base(other))
         created = datetime.fromisoformat(version.created).timestamp()
@@ -247,63 +240,30 @@ class Routes:
         """What the reference means; as long as that cannot be loaded, what it meant before, if anything."""
         version, last = self.registry.resolve(model.ref), self._routes.get(model.served_name)
         if last is None:
+            self._soundness.below(version)  # withdrawn, it takes this one along
             return version
-        drawn = _target(version) == last.deployed  # already: its replicas made its export, or say why not
-        if self._is_sound(version, model, refused) and (drawn or self._is_exported(version, model, refused)):
+        if self._can_draw(version, model, refused, drawn=_target(version) == last.deployed):
             return version
-        return self.registry.resolve(last.deployed.ref)
+        return self._resolved(last.deployed)
 
-    def _is_sound(self, version: Version, model: ModelSpec, refused: dict[Target, RaysdError]) -> bool:
+    def _resolved(self, target: Target) -> Version:
+        """The version of a target. Raises RequestError where it, or the base that it lies on, was withdrawn."""
+        version = self.registry.resolve(target.ref)
+        self._soundness.below(version)
+        return version
+
+    def _can_draw(self, version: Version, model: ModelSpec, refused: dict[Target, RaysdError], *, drawn: bool) -> bool:
         """Whether a replica could load it; if not, it is put among the refused. Raises StorageError."""
         try:
-            if (model.served_name, version.digest) not in self._sound:
-                self._check(version, model)
+            self._soundness.check(version, model)
+            if not drawn:  # else its replicas made its export, or say why not
+                self._soundness.check_export(version, model)
         except StorageError:
             raise
         except RaysdError as error:
             refused[_target(version)] = error
             return False
-        self._sound.add((model.served_name, version.digest))
         return True
-
-    def _check(self, version: Version, model: ModelSpec) -> None:
-        if self._signers:
-            signing.check(self.storage, version, self._signers)
-        for file in version.files:
-            if self._size(file) != file.size:
-                raise IntegrityError(f"{version.ref}: {file.path} is missing or cut off in the store")
-        size = sum(file.size for file in version.files if file.path.endswith(".safetensors")) / 2**30
-        if model.memory is not None and size > model.memory:
-            has = f"{size:.3g} GiB of weights, and a replica here has memory for {model.memory:.3g}"
-            raise RequestError(f"{version.ref}: {has}; raise `memory` of the served model")
-
-    def _is_exported(self, version: Version, model: ModelSpec, refused: dict[Target, RaysdError]) -> bool:
-        """Whether ONNX Runtime has what it draws with; if not, the version is put among the refused. Raises StorageError."""
-        if model.backend != "onnx" or self._signers:  # with signers each machine makes its own
-            return True
-        source, precision = self._exported(version), model.export_precision
-        if is_kept(self.storage, source, precision):
-            return True
-        if reason := refusal(self.storage, source, precision):
-            refused[_target(version)] = ExportRefused(reason)
-        elif model.replicas.least > 0:
-            refused[_target(version)] = ExportMissing(f"{version.ref}: its {precision} export is not made yet")
-        return _target(version) not in refused
-
-    def _exported(self, version: Version) -> str:
-        """The digest that its export is kept by: its own, or that of the whole model below a LoRA version."""
-        if not _is_lora(version):
-            return version.digest
-        try:
-            return self.registry.resolve(str(version.record["base"])).digest
-        except RequestError:  # a base that is a folder, or in no registry
-            return str(version.record["base_digest"])
-
-    def _size(self, file: File) -> int | None:
-        try:
-            return self.storage.size(blob_path(file.sha256))
-        except NotFound:
-            return None
 
     def _outside(self, ref: str) -> tuple[Target, str] | None:
         """A model that is not in the registry, looked at once: it has one version, its bytes."""
@@ -322,15 +282,11 @@ class Routes:
 
     def _base(self, version: Version) -> str:
         """The identity of what its LoRA versions would be trained on."""
-        if _is_lora(version):
+        if is_lora(version):
             return str(version.record["base_digest"])
         if version.digest not in self._fixed:
             self._fixed[version.digest] = _target(version), identity_of(version, self.storage)
         return self._fixed[version.digest][1]
-
-
-def _is_lora(version: Version) -> bool:
-    return any(file.path.endswith("lora_weights.safetensors") for file in version.files)
 
 
 def _target(version: Version) -> Target:

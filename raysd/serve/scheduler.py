@@ -120,8 +120,8 @@ class Scheduler:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._beat = time.monotonic()
-        self.not_finite = 0
-        """Pictures in a row, none finite between them, that were given up because they held NaN or infinity."""
+        self.not_finite: set[str] = set()
+        """Requests whose pictures held NaN or infinity, and no picture was finite since."""
         self.failing: set[str] = set()
         """Requests whose pictures ended in errors that nobody expects, and no picture was finished since."""
 
@@ -302,9 +302,9 @@ class Scheduler:
         if isinstance(result, torch.OutOfMemoryError):
             result = OutOfMemory("one picture of this size does not fit: ask for a smaller one")
         if isinstance(result, FloatingPointError):
-            self.not_finite += 1
+            self.not_finite.add(picture.request)
         elif isinstance(result, Image.Image):
-            self.not_finite = 0
+            self.not_finite.clear()
             self.failing.clear()
         elif not isinstance(result, RaysdError):
             self.failing.add(picture.request)

@@ -12,10 +12,10 @@ from raysd.serve.predictions import Api, Status
 class PredictionRow(Base):
     """An accepted request. Once it has pictures, its prompt and user are in their generations alone.
 
-    `token` grows by one a claim and never falls: it fences those who lost theirs. `attempt` counts the claims,
-    without those given back as none. `ticket` names the call that claimed, so that the call can be made again. `request_id` and
-    `traceparent` (W3C) are those of the HTTP request, for who follows one through logs and traces. A `deleted` one is a
-    tombstone: no prompt, user, pictures, nor digests of what it started from.
+    `token` grows by one a claim, and where another than its holder ends it: it fences those who lost theirs. `attempt` counts
+    the claims, without those given back as none. `ticket` names the call that claimed, so that the call can be made again.
+    `request_id` and `traceparent` (W3C) are those of the HTTP request, for who follows one through logs and traces. A
+    `deleted` one is a tombstone: no prompt, user, pictures, nor digests of what it started from.
     """
 
     __tablename__ = "predictions"

@@ -20,10 +20,10 @@ def named(drawing: Mapping[str, Any]) -> set[str]:
 
 
 class Uploads:
-    """The uploads in a storage."""
+    """The uploads of an owner (None: of all who need no key) in a storage. Others may have sent the same picture."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage.child(FOLDER)
+    def __init__(self, storage: Storage, owner: str | None) -> None:
+        self._storage = storage.child(f"{FOLDER}/{owner or 'anybody'}")
 
     def keep(self, png: bytes) -> str:
         """Write it, for `KEPT` seconds from now; its sha256."""
@@ -52,12 +52,13 @@ class Uploads:
     def delete(self, sha256: str) -> None:
         self._storage.delete(_name(sha256))
 
-    def forget(self) -> None:
-        """Delete what is kept no longer."""
-        now = self._storage.now()
-        for entry in self._storage.list():
-            if now - entry.modified > KEPT:
-                self._storage.delete(entry.path)
+
+def forget(storage: Storage) -> None:
+    """Delete all uploads that are kept no longer."""
+    now = storage.now()
+    for entry in storage.list(FOLDER):
+        if now - entry.modified > KEPT:
+            storage.delete(entry.path)
 
 
 def _name(sha256: str) -> str:

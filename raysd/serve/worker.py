@@ -79,7 +79,6 @@ class Worker:
         finish: Finish | None = None,
     ):
         self.name, self.model, self.queue, self.storage = name, model, queue, storage
-        self.uploads = Uploads(storage)
         self.pool, self.scheduler, self.metrics, self.most = pool, scheduler, metrics, most
         self.finish = finish or Finish()
         self.queued = 0
@@ -186,7 +185,9 @@ class Worker:
     def _drawn(self, claim: Claim, ready: Ready) -> tuple[list[Image.Image], dict[str, Any]]:
         prediction = claim.prediction
         drawing = Drawing.model_validate(prediction.drawing)
-        inputs = {field: self._upload(getattr(drawing, field)) for field in FIELDS}
+        uploads = Uploads(self.storage, prediction.owner)
+        named = {field: getattr(drawing, field) for field in FIELDS}
+        inputs = {field: uploads.read(sha256) if sha256 else None for field, sha256 in named.items()}
         due: Due = queues.SimpleQueue()
         pictures = [
             Picture(
@@ -244,9 +245,6 @@ class Worker:
         self.storage.write(path, body.getvalue())
         sha256 = hashlib.sha256(body.getvalue()).hexdigest()
         return Kept(number, path, sha256, drawing.seed, image.width, image.height)
-
-    def _upload(self, sha256: str | None) -> bytes | None:
-        return self.uploads.read(sha256) if sha256 is not None else None
 
     def _failed(self, claim: Claim, reason: str, outcome: Outcome = "failed") -> None:
         if self._quietly(partial(self.queue.fail, claim, reason)):

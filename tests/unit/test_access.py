@@ -201,6 +201,70 @@ def test_what_draws_nothing_is_limited_too(public):
     assert list(service.storage.list("serving/uploads")) == kept
 
 
+@pytest.mark.parametrize("way", ["edit", "prediction"])
+def test_a_request_with_a_picture_that_was_accepted_is_answered_again(public, way):
+    """Although the key may have nothing more drawn."""
+    service, client = public
+    headers = bearer(service.key(pictures_per_day=1)) | {"Idempotency-Key": way}
+
+    def ask(headers):
+        if way == "edit":
+            form = {"data": {"prompt": "x", "model": "cats"}, "files": {"image": ("a.png", png(9), "image/png")}}
+            return client.post("/v1/images/edits", **form, headers=headers)
+        link = "data:image/png;base64," + base64.b64encode(png(9)).decode()
+        asked = {"version": "cats", "input": {"prompt": "x", "image": link, "num_inference_steps": 1}}
+        return client.post("/v1/predictions", json=asked, headers={**headers, "Prefer": "wait"})
+
+    first, second = ask(headers), ask(headers)
+    assert (first.status_code, second.status_code) in ((200, 200), (201, 201))
+    assert second.json() == first.json()
+    assert ask({**headers, "Idempotency-Key": "another"}).status_code == 429
+
+
+def test_what_was_deleted_is_not_answered_as_if_it_had_no_pictures(public):
+    service, client = public
+    headers = bearer(service.key()) | {"Idempotency-Key": "once"}
+    drawn = generate(client, headers).json()["data"][0]["generation"]
+    assert client.delete(f"/v1/predictions/{drawn.rpartition('-')[0]}", headers=headers).status_code == 204
+    again = generate(client, headers)
+    assert (again.status_code, again.json()["error"]["message"]) == (404, "its pictures are kept no longer")
+
+
+def test_a_key_that_may_not_have_two_drawn_compares_nothing(public):
+    """And pays nothing for having asked."""
+    service, client = public
+    for limit, status in (({"in_flight": 1}, 400), ({"pictures_per_day": 1}, 400), ({"pictures_per_day": 3}, 201)):
+        headers = bearer(service.key(**limit))
+        assert client.post("/v1/comparisons", json=BODY, headers=headers).status_code == status
+        listed = client.get("/v1/predictions", headers=headers).json()["results"]
+        assert len(listed) == (2 if status == 201 else 0)
+    assert client.post("/v1/comparisons", json=BODY, headers=headers).status_code == 429
+    assert len(client.get("/v1/predictions", headers=headers).json()["results"]) == 2
+
+
+def test_the_same_picture_of_two_keys_is_two_uploads(public):
+    """What one of them deletes the other one still has."""
+    service, client = public
+    mine, theirs = bearer(service.key()), bearer(service.key())
+    sent = {"content": ("a.png", png(7), "image/png")}
+    urls = [client.post("/v1/files", files=sent, headers=key).json()["urls"]["get"] for key in (mine, theirs)]
+
+    def draw(url, key):
+        asked = {"version": "cats", "input": {"prompt": "x", "image": url, "num_inference_steps": 1}}
+        return client.post("/v1/predictions", json=asked, headers={**key, "Prefer": "wait"}).json()
+
+    first, second = draw(urls[0], mine), draw(urls[0], mine)
+    client.delete(f"/v1/predictions/{first['id']}", headers=mine)
+    assert len(service.storage.list(f"serving/uploads/{_owner(service, second)}")) == 1, "its other one needs it"
+    client.delete(f"/v1/predictions/{second['id']}", headers=mine)
+    assert service.storage.list(f"serving/uploads/{_owner(service, second)}") == []
+    assert draw(urls[1], theirs)["status"] == "succeeded"
+
+
+def _owner(service, prediction):
+    return service.queue.get(prediction["id"]).owner
+
+
 # On loopback
 
 

@@ -321,6 +321,20 @@ def test_what_was_left_is_cancelled_without_its_holder(queue, clock):
     assert queue.get(before).status == "canceled"
 
 
+def test_a_holder_that_came_too_late_is_told_that_another_ended_it(queue, clock):
+    """It would count that end once more."""
+    cancelled, late = submitted(queue, "p"), submitted(queue, "q", deadline=clock.now + 20)
+    claims = queue.claim("w", "cats", most=2)
+    clock.now += LEASE + 1
+    assert queue.cancel(cancelled[0]).status == "canceled"
+    clock.now += 20
+    assert queue.expire() == 1
+    assert queue.get(late[0]).status == "canceled"
+    for claim in claims:
+        assert not queue.canceled(claim)
+        assert not queue.finish(claim, [], {})
+
+
 def test_what_has_ended_is_not_cancelled(queue):
     (id,) = submitted(queue, "p")
     (claim,) = queue.claim("a", "cats")
@@ -647,6 +661,39 @@ def test_pictures_a_day_are_counted(queue, clock, limited):
     submitted(queue, "r", owner=key)
     clock.now += 86400
     submitted(queue, "s", owner=key, count=5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "more", "message"),
+    [
+        (
+            {"pictures_per_day": 5},
+            {"count": 6},
+            "pictures in 24 hours: this key may have 5, and this asks for 6 at once",
+        ),
+        ({"in_flight": 1}, {}, "requests in flight: this key may have 1, and this asks for 2 at once"),
+        ({"requests_per_minute": 1}, {}, "requests a minute: this key may have 1, and this asks for 2 at once"),
+    ],
+)
+def test_what_a_limit_will_never_allow_is_not_to_be_tried_again(queue, limited, limit, more, message):
+    key = limited(**limit)
+    call = (lambda: queue.submit(new(owner=key, **more))) if more else (lambda: queue.hold(key, 2))
+    with pytest.raises(RequestError, match=message):
+        call()
+
+
+def test_several_are_held_together(queue, limited):
+    key = limited(in_flight=2, pictures_per_day=3)
+    queue.hold(key, 2)
+    (first,) = submitted(queue, "p", owner=key)
+    with pytest.raises(TooMany, match="in flight"):
+        queue.hold(key, 2)
+    queue.cancel(first)
+    queue.hold(key, 2)
+    (second,) = submitted(queue, "q", owner=key)
+    queue.cancel(second)
+    with pytest.raises(TooMany, match="pictures"):
+        queue.hold(key, 2)
 
 
 def test_many_at_once_pass_no_limit(queue, limited):

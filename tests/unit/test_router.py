@@ -35,6 +35,7 @@ from raysd.serve.queue import Queue
 from raysd.serve.router import Router
 from raysd.serve.routes import Routes, Target
 from raysd.serve.tables import PredictionRow
+from raysd.serve.uploads import Uploads
 from raysd.storage import Storage
 from tests.adapters import publish_lora
 from tests.versions import files_of, safetensors
@@ -144,6 +145,47 @@ def test_the_same_request_again_takes_no_place(
     desk.run(work)
 
 
+def test_the_same_request_again_is_answered_whatever_became_of_what_it_needs(
+    registry: Registry, put: Callable[[int], Version]
+) -> None:
+    """Its upload removed, the service full, its version withdrawn: it was accepted before all that."""
+    first = put(1)
+    desk = Desk(registry, "cats", most=1)
+
+    async def work(router: Router) -> None:
+        drawing = ASK.drawing.model_copy(update={"image": await router.keep_upload(b"png", None)})
+        keyed = replace(ASK, drawing=drawing, idempotency_key="once")
+        made = await router.submit(keyed)
+        Uploads(registry.storage, None).delete(str(drawing.image))
+        with pytest.raises(Busy):
+            await router.submit(ASK)
+        assert (await router.submit(keyed)).id == made.id
+        put(2)
+        registry.withdraw(first)
+        await asyncio.to_thread(wait, lambda: router.routes.choose(ASK)[0].ref == "cats@2")
+        assert (await router.submit(keyed)).ref == first.ref
+        with pytest.raises(RequestError, match="was used for another request"):
+            await router.submit(replace(keyed, drawing=ASK.drawing))
+
+    desk.run(work)
+    assert len(desk.rows()) == 1
+
+
+def test_the_bound_is_on_pictures(registry: Registry, put: Callable[[int], Version]) -> None:
+    put(1)
+    desk = Desk(registry, "cats", most=4)
+    many = replace(ASK, drawing=ASK.drawing.model_copy(update={"count": 2}))
+
+    async def work(router: Router) -> None:
+        for _ in range(2):
+            await router.submit(many)
+        with pytest.raises(Busy, match="4 pictures wait"):
+            await router.submit(ASK)
+        assert desk.queue.waiting("cats") == 4
+
+    desk.run(work)
+
+
 @pytest.fixture
 def shadowed(registry: Registry, put: Callable[[int], Version]) -> Desk:
     """A desk whose every request is drawn by version 2 as well."""
@@ -187,7 +229,7 @@ def test_shadows_take_no_place_and_are_dropped_where_there_is_none(shadowed: Des
         await until(lambda: len(shadowed.rows()) == 2)
         await router.submit(ASK)
         await asyncio.sleep(0.2)
-        with pytest.raises(Busy, match="2 requests wait for cats"):
+        with pytest.raises(Busy, match="2 pictures wait for cats"):
             await router.submit(ASK)
 
     shadowed.run(work)
@@ -262,14 +304,14 @@ def test_what_is_deleted_takes_its_files_along(registry: Registry, put: Callable
     picture = Picture(0, "generated/2026-01-02/x.png", "a" * 64, 1, 64, 64)
 
     async def work(router: Router) -> None:
-        drawing = ASK.drawing.model_copy(update={"image": await router.keep_upload(b"png")})
+        drawing = ASK.drawing.model_copy(update={"image": await router.keep_upload(b"png", None)})
         made = await router.submit(replace(ASK, drawing=drawing))
         storage.write(picture.path, b"png")
         (claim,) = desk.queue.claim("somebody", "cats")
         desk.queue.finish(claim, [picture], {})
         await router.delete(made.id)
         assert not storage.exists(picture.path)
-        assert not storage.exists(f"serving/uploads/{drawing.image}.png")
+        assert not storage.exists(f"serving/uploads/anybody/{drawing.image}.png")
         with pytest.raises(NotFound):
             await router.delete("x" * 26)
 

@@ -17,7 +17,7 @@ from raysd.serve import replica as replicas
 from raysd.serve import scheduler as scheduling
 from raysd.serve.drawing import Drawing
 from raysd.serve.predictor import Predictor
-from raysd.serve.replica import NOT_FINITE, Replica
+from raysd.serve.replica import Replica
 from raysd.serve.scheduler import FAILING, Busy, Canceled, Picture, Scheduler
 from raysd.serve.torch_backend import TorchBackend
 from tests.consistency import consistent
@@ -274,9 +274,10 @@ def test_the_thread_draws_and_stops(predictor: Predictor) -> None:
         scheduler.submit([endless])
 
 
-def spoiled(scheduler: Scheduler, predictor: Predictor, count: int) -> None:
-    """Pictures that are not finite, drawn in one batch."""
-    pictures = [Picture(predictor, Drawing(prompt="a", seed=seed, steps=2, guidance=1)) for seed in range(count)]
+def spoiled(scheduler: Scheduler, predictor: Predictor, *requests: str) -> None:
+    """Pictures that are not finite, one a request, drawn in one batch."""
+    wish = Drawing(prompt="a", steps=2, guidance=1)
+    pictures = [Picture(predictor, wish, request=request) for request in requests]
     scheduler.submit(pictures)
     scheduler.turn()
     for picture in pictures:
@@ -288,16 +289,18 @@ def spoiled(scheduler: Scheduler, predictor: Predictor, count: int) -> None:
 def test_a_replica_that_draws_nothing_but_nan_is_not_healthy(predictor: Predictor) -> None:
     replica = Replica.__new__(Replica)
     replica._scheduler = scheduler = Scheduler()
-    spoiled(scheduler, predictor, NOT_FINITE - 1)
+    spoiled(scheduler, predictor, *"abcd")
     replica.check_health()
     good = Picture(predictor, Drawing(prompt="a", steps=1, guidance=1))
     scheduler.submit([good])
     finish(scheduler)
     assert good.future.result(0)
-    spoiled(scheduler, predictor, NOT_FINITE - 1)  # a finite one came between
+    spoiled(scheduler, predictor, *"efgh")  # a finite one came between
     replica.check_health()
-    spoiled(scheduler, predictor, 1)
-    with pytest.raises(RuntimeError, match="5 pictures in a row"):
+    spoiled(scheduler, predictor, *"hhh")  # all of one request
+    replica.check_health()
+    spoiled(scheduler, predictor, "i")
+    with pytest.raises(RuntimeError, match="the pictures of 5 requests in a row were not finite"):
         replica.check_health()
 
 

@@ -1,5 +1,6 @@
 """From a request that was understood to one that is written down: whose it is, what its headers say, its limits."""
 
+import asyncio
 import hashlib
 import re
 from dataclasses import dataclass
@@ -60,6 +61,21 @@ def fingerprint(kind: str, asked: Wire, *uploads: str | None) -> str:
     return hashlib.sha256("\n".join([kind, plain, *(upload or "" for upload in uploads)]).encode()).hexdigest()
 
 
+async def hold(service: Service, request: Request, key: str | None, model: str | None, times: int = 1) -> None:
+    """Raises TooMany where the caller's API key may not have `times` more requests drawn now.
+
+    Called before something is kept for them. Not of what was asked for before with the same idempotency key.
+    """
+    owner = caller_of(request).owner
+    if owner is None or await asyncio.to_thread(service.queue.former, key, owner) is not None:
+        return
+    try:
+        await asyncio.to_thread(service.queue.hold, owner, times)
+    except TooMany:
+        service.metrics.refused(find(service.desk.models(), model).model, "")  # no version was chosen yet
+        raise
+
+
 async def submit(
     service: Service,
     request: Request,
@@ -87,8 +103,4 @@ async def submit(
         traceparent=tracing.carried() or told.traceparent,
         **more,
     )
-    try:
-        return await service.desk.submit(ask)
-    except TooMany:
-        service.metrics.refused(found.model, found.version or "")
-        raise
+    return await service.desk.submit(ask)

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, Field
 
 from raysd.errors import RequestError
-from raysd.serve.http.asking import Told, fingerprint, submit, told_by
+from raysd.serve.http.asking import Told, fingerprint, hold, submit, told_by
 from raysd.serve.http.catalog import find
 from raysd.serve.http.desk import Served
 from raysd.serve.http.errors import OPENAI
@@ -20,6 +20,8 @@ from raysd.serve.http.links import derived
 from raysd.serve.http.service import Service, caller_of, may
 from raysd.serve.http.wire import Addressed, Name, drawing
 from raysd.serve.predictions import Prediction
+
+SIDES = ("left", "right")
 
 
 class ComparisonRequest(Addressed):
@@ -59,9 +61,10 @@ async def _compare(service: Service, request: Request, asked: ComparisonRequest,
     id = _comparison(service, request, told)
     if hmac.digest(derived(service.secret, "sides"), id.encode(), "sha256")[0] % 2:
         versions = (versions[1], versions[0])
+    keys = [told.idempotency_key and _digest(f"{told.idempotency_key} {side}") for side in SIDES]
+    await hold(service, request, keys[0], versions[0], times=2)
     drawn: list[Prediction] = []
-    for side, version in zip(("left", "right"), versions, strict=True):
-        key = told.idempotency_key and hashlib.sha256(f"{told.idempotency_key} {side}".encode()).hexdigest()
+    for side, version, key in zip(SIDES, versions, keys, strict=True):
         try:
             prediction = await submit(
                 service,
@@ -83,6 +86,10 @@ async def _compare(service: Service, request: Request, asked: ComparisonRequest,
         wanted = wanted.model_copy(update={"seed": prediction.drawing["seed"]})  # of a former try, if it was one
     left, right = (f"{prediction.id}-0" for prediction in drawn)
     return ComparisonAnswer(id=id, left=left, right=right)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _comparison(service: Service, request: Request, told: Told) -> str:

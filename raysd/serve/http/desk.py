@@ -91,5 +91,5 @@ class Desk(Protocol):
     async def read(self, path: str) -> bytes:
         """A generated picture. Raises NotFound."""
 
-    async def keep_upload(self, png: bytes) -> str:
-        """Keep a normalised picture for a while, and say its sha256."""
+    async def keep_upload(self, png: bytes, owner: str | None) -> str:
+        """Keep a normalised picture for a while, for its owner's requests, and say its sha256."""

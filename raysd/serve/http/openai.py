@@ -11,10 +11,10 @@ from pydantic import BeforeValidator, Field, model_validator
 from raysd.serve.drawing import Drawing
 from raysd.serve.http import pictures
 from raysd.serve.http.answers import Images, Wanted, check, finished, images, stream, version_headers
-from raysd.serve.http.asking import Told, fingerprint, submit, told_by
+from raysd.serve.http.asking import Told, fingerprint, hold, submit, told_by
 from raysd.serve.http.errors import OPENAI
 from raysd.serve.http.pictures import Format
-from raysd.serve.http.service import Service, may
+from raysd.serve.http.service import Service, caller_of, may
 from raysd.serve.http.wire import Addressed, User, drawing, field_of
 
 
@@ -115,21 +115,21 @@ def routes(service: Service) -> APIRouter:
         told: Annotated[Told, Depends(told_by)],
     ) -> Response:
         """Draw a picture anew, all of it or where the mask is transparent."""
-        await service.hold(request)
-        image, mask = await _uploads(service, asked)
+        await hold(service, request, told.idempotency_key, asked.model)
+        image, mask = await _uploads(service, caller_of(request).owner, asked)
         wanted = drawing(asked, service.spec, image=image, mask=mask, **asked.pixels())
         return await _draw(service, request, asked, told, wanted, "image_edit")
 
     return router
 
 
-async def _uploads(service: Service, asked: EditRequest) -> tuple[str, str | None]:
+async def _uploads(service: Service, owner: str | None, asked: EditRequest) -> tuple[str, str | None]:
     (picture,) = asked.image or asked.images
     image, size = await asyncio.to_thread(pictures.upload, await picture.read(), "image")
     if asked.mask is None:
-        return await service.desk.keep_upload(image), None
+        return await service.desk.keep_upload(image, owner), None
     mask = await asyncio.to_thread(pictures.transparent_mask, await asked.mask.read(), "mask", size)
-    return await service.desk.keep_upload(image), await service.desk.keep_upload(mask)
+    return await service.desk.keep_upload(image, owner), await service.desk.keep_upload(mask, owner)
 
 
 async def _draw(

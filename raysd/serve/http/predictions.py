@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from raysd.errors import RequestError
 from raysd.serve.http import uploads, webhooks
 from raysd.serve.http.answers import version_headers
-from raysd.serve.http.asking import Told, fingerprint, submit, told_by
+from raysd.serve.http.asking import Told, fingerprint, hold, submit, told_by
 from raysd.serve.http.catalog import OWNER
 from raysd.serve.http.errors import REPLICATE
 from raysd.serve.http.replicate import PredictionAnswer, said
@@ -154,8 +154,8 @@ async def _create(
     seconds, deadline = _wait(prefer), _deadline(life, service.spec.life_seconds)
     webhook, events = await _webhook(service, asked)
     if asked.input.image is not None:
-        await service.hold(request)
-    image, mask = await uploads.of_input(service, asked.input)
+        await hold(service, request, told.idempotency_key, asked.version or asked.model)
+    image, mask = await uploads.of_input(service, caller_of(request).owner, asked.input)
     prediction = await submit(
         service,
         request,

@@ -67,12 +67,6 @@ class Service:
             raise absent
         return prediction
 
-    async def hold(self, request: Request) -> None:
-        """Before pictures that were sent along are kept: raises TooMany where the caller's key may have nothing drawn now."""
-        owner = caller_of(request).owner
-        if owner is not None:
-            await asyncio.to_thread(self.queue.hold, owner)
-
 
 def caller_of(request: Request) -> Caller:
     """Whose request it is, as the gate found out."""

@@ -49,7 +49,7 @@ class File(BaseModel):
     urls: dict[str, str]
 
 
-async def of_input(service: Service, asked: Input) -> tuple[str | None, str | None]:
+async def of_input(service: Service, owner: str | None, asked: Input) -> tuple[str | None, str | None]:
     """The digests of a prediction's picture and mask. Raises RequestError naming the one that cannot be used."""
     if asked.image is None:
         if asked.mask is not None:
@@ -58,22 +58,22 @@ async def of_input(service: Service, asked: Input) -> tuple[str | None, str | No
     if (asked.width is None) != (asked.height is None):
         missing = "width" if asked.width is None else "height"
         raise RequestError(f"{missing}: give both sides, or none for the shape of image; one alone would stretch it")
-    image = _uploaded(asked.image) or await keep(service, _sent(asked.image, "image"), "image")
+    image = _uploaded(asked.image) or await keep(service, owner, _sent(asked.image, "image"), "image")
     if asked.mask is None:
         return image.digest, None
     mask = _uploaded(asked.mask)
     if mask is None:
         png = await asyncio.to_thread(pictures.mask, _sent(asked.mask, "mask"), "mask", image.size)
-        return image.digest, await service.desk.keep_upload(png)
+        return image.digest, await service.desk.keep_upload(png, owner)
     if mask.size != image.size:
         raise RequestError("mask: is not of the size of image; make them the same")
     return image.digest, mask.digest
 
 
-async def keep(service: Service, body: bytes, field: str) -> Upload:
+async def keep(service: Service, owner: str | None, body: bytes, field: str) -> Upload:
     """Normalise a picture and keep it. Raises RequestError."""
     png, size = await asyncio.to_thread(pictures.upload, body, field)
-    return Upload(await service.desk.keep_upload(png), size)
+    return Upload(await service.desk.keep_upload(png, owner), size)
 
 
 def _sent(text: str, field: str) -> bytes:
@@ -97,7 +97,7 @@ def routes(service: Service) -> APIRouter:
         if owner is not None:
             await asyncio.to_thread(service.queue.admit, owner)
         body = await asked.content.read()
-        kept = await keep(service, body, "content")
+        kept = await keep(service, owner, body, "content")
         now = datetime.now(UTC)
         name = f"{kept.digest}-{kept.size[0]}x{kept.size[1]}"
         return File(
