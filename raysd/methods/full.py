@@ -20,6 +20,10 @@ CLIP = "text_model."
 
 class Full:
     kind = "full"
+    lighter: str | None = "lora"
+
+    def check(self, family: Family, folder: Path, spec: TrainingSpec) -> None:
+        """Any base will do."""
 
     def trains_text(self, spec: TrainingSpec) -> bool:
         return isinstance(spec.method, FullSpec) and spec.method.text_encoder
