@@ -19,6 +19,7 @@ from raysd.errors import (
     StorageError,
 )
 from raysd.export.kept import is_kept, refusal
+from raysd.models import is_adapter
 from raysd.references import identity, identity_of, locate
 from raysd.registry import Registry, Version, signing, traffic
 from raysd.registry.records import File, blob_path, parse
@@ -329,7 +330,7 @@ class Routes:
 
 
 def _is_lora(version: Version) -> bool:
-    return any(file.path.endswith("lora_weights.safetensors") for file in version.files)
+    return any(is_adapter(file.path) for file in version.files)
 
 
 def _target(version: Version) -> Target:
