@@ -29,6 +29,7 @@ SD15: dict[str, Any] = {
 
 TOKENS = 77
 """Of a prompt, in Stable Diffusion 1.5."""
+AUTOENCODER = {"scaling_factor": 0.18215, "latent_channels": 4, "block_out_channels": (128, 256, 512, 512)}
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -120,7 +121,7 @@ def _denoiser_only(folder: Path, shape: dict[str, Any]) -> None:
     torch.manual_seed(0)
     UNet2DConditionModel(**shape).save_pretrained(folder / "unet")
     _write(folder / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    _write(folder / "vae" / "config.json", {"scaling_factor": 0.18215})
+    _write(folder / "vae" / "config.json", AUTOENCODER)
     _write(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from raysd.errors import IntegrityError, NotFound, RequestError
-from raysd.models import INDEX, Family, components, family_of, is_part, is_parts_name, named
+from raysd.models import INDEX, Family, components, family_of, family_of_file, is_adapter, is_part, is_parts_name, named
 from raysd.registry import Registry, Version
 from raysd.registry.files import cache_folder, ensure
 from raysd.registry.records import blob_path
@@ -97,7 +97,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _registered(version: Version, storage: Storage) -> Located:
     folder = Registry(storage).fetch(version)
-    adapters = [file.path for file in version.files if file.path.endswith("lora_weights.safetensors")]
+    adapters = [file.path for file in version.files if is_adapter(file.path)]
     if not adapters:
         return Located(version.ref, folder, version=version)
     base = locate(version.record["base"], storage)
@@ -128,17 +128,15 @@ def _single_file(path: Path) -> Path:
         raise NotFound(f"{path}: no such file")
     out = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "raysd" / "single-file" / sha256_of(path)
     if not (out / INDEX).exists():
-        from diffusers import StableDiffusionPipeline
-
-        # Configurations and tokenizer: a folder of the file's name beside it, or the hub's for the layout found.
         beside = path.with_suffix("")
-        config = {"config": str(beside), "local_files_only": True} if beside.is_dir() else {}
         try:
-            pipeline = StableDiffusionPipeline.from_single_file(path, safety_checker=None, **config)
+            pipeline = family_of_file(path).open_single_file(path, beside if beside.is_dir() else None)
+        except RequestError:
+            raise
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
             raise RequestError(
-                f"{path}: not loadable as a Stable Diffusion checkpoint: {reason}\n"
+                f"{path}: not loadable as a single-file checkpoint: {reason}\n"
                 f"without access to the hub, put the model's configuration and tokenizer into {beside}/"
             ) from None
         _save_whole(pipeline, out)

@@ -70,6 +70,6 @@ def folder_of(root: Path, shape: dict[str, object]) -> Path:
 
     bases._write(root / "unet" / "config.json", {"_class_name": "UNet2DConditionModel", **shape})
     bases._write(root / "model_index.json", {"_class_name": "StableDiffusionPipeline"})
-    bases._write(root / "vae" / "config.json", {"scaling_factor": 0.18215})
+    bases._write(root / "vae" / "config.json", bases.AUTOENCODER)
     bases._write(root / "scheduler" / "scheduler_config.json", bases.SCHEDULER)
     return root

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from raysd.diffusion import sample_posterior
 from raysd.evaluate.intervals import Interval, bootstrap_difference, bootstrap_mean
@@ -17,6 +17,7 @@ from raysd.methods.base import Batch, TrainedModule, denoising_errors
 from raysd.references import Located
 from raysd.seeding import generator
 
+ADAPTER = "measured"
 BANDS = 4
 Pictures = Sequence[tuple[Tensor, str]]
 """Pixels [3, H, W] in [-1, 1] and caption of each picture, all of one size."""
@@ -42,10 +43,19 @@ class Meter:
     def __init__(self, located: Located):
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.family = located.family
-        self.pipeline = self.family.pipeline(located.folder, located.lora).to(self.device)
+        self.autoencoder = self.family.autoencoder(located.folder).to(self.device)
+        self.tokenizer = self.family.tokenizer(located.folder)
+        self.text_encoder = self.family.text_encoder(located.folder).eval().to(self.device)
         self.schedule = self.family.noise_schedule(located.folder)
         self.scale = self.family.latent_scale(located.folder)
-        self.model = TrainedModule(self.family, self.pipeline.unet).eval()
+        self.model = TrainedModule(self.family, self._denoiser(located)).eval().to(self.device)
+
+    def _denoiser(self, located: Located) -> nn.Module:
+        denoiser = self.family.denoiser(located.folder)
+        if located.lora is not None:
+            self.family.add_adapter(denoiser, located.lora, ADAPTER)
+            self.family.use_adapter(denoiser, ADAPTER)
+        return denoiser
 
     @torch.no_grad()
     def errors(
@@ -82,13 +92,12 @@ class Meter:
         latents, text = [], []
         for first in range(0, len(pictures), batch):
             part = pictures[first : first + batch]
-            moments = self.family.moments(
-                self.pipeline.vae, torch.stack([pixels for pixels, _ in part]).to(self.device)
-            )
+            pixels = torch.stack([pixels for pixels, _ in part]).to(self.device)
+            moments = self.family.moments(self.autoencoder, pixels)
             mean = torch.zeros_like(moments[:, : moments.shape[1] // 2])
             latents.append(sample_posterior(moments, mean, *self.scale).cpu())
-            tokens = self.family.tokens(self.pipeline.tokenizer, [caption for _, caption in part])
-            text.append(self.family.conditioning(self.pipeline.text_encoder, tokens.to(self.device)).cpu())
+            tokens = self.family.tokens(self.tokenizer, [caption for _, caption in part])
+            text.append(self.family.conditioning(self.text_encoder, tokens.to(self.device)).cpu())
         return torch.cat(latents), torch.cat(text)
 
 

@@ -1,9 +1,7 @@
 """The data that a model is compared with: split as for its training, seen as its training saw it."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,7 +10,6 @@ from raysd.config import DataSpec, load
 from raysd.data.augment import Variant, apply
 from raysd.data.dataset import Example
 from raysd.data.picture import read_picture
-from raysd.errors import RequestError
 from raysd.evaluate.features import Extractor, Features
 from raysd.evaluate.losses import Pictures
 from raysd.references import Located
@@ -32,19 +29,7 @@ def data_spec(source: str, located: Located) -> DataSpec:
     """
     if located.version is not None and "data" in located.version.record.get("spec", {}):
         return load(DataSpec, {**located.version.record["spec"]["data"], "source": source})
-    return load(DataSpec, {"source": source, "resolution": resolution(located.folder)})
-
-
-def resolution(folder: Path) -> int:
-    """Side in pixels of what a model draws by default, from its configuration. Raises RequestError."""
-    try:
-        denoiser = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
-        autoencoder = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        return int(denoiser["sample_size"]) * 2 ** (len(autoencoder["block_out_channels"]) - 1)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RequestError(
-            f"{folder}: its unet and vae do not say at which size it draws; set data.resolution"
-        ) from None
+    return load(DataSpec, {"source": source, "resolution": located.family.geometry(located.folder).size})
 
 
 def features_of(examples: Sequence[Example], side: int, extractor: Extractor, progress: Progress) -> Features:

@@ -1,4 +1,4 @@
-"""Training methods. A new method is one file and one line here."""
+"""Training methods. A new one is a file beside this, a line in `METHODS`, and its spec in `raysd.config.training`."""
 
 from raysd.methods.base import Batch, Method, TrainedModule
 from raysd.methods.full import Full

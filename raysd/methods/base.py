@@ -50,6 +50,12 @@ class Method(Protocol):
     """What is trained: which parameters move, how a batch becomes a loss, and what a version's files are."""
 
     kind: str
+    lighter: str | None
+    """The kind of a method that needs less memory, for who has too little."""
+
+    def check(self, family: Family, folder: Path, spec: TrainingSpec) -> None:
+        """Raise RequestError for what cannot be trained on this base, before data are looked at or workers started."""
+        ...
 
     def trains_text(self, spec: TrainingSpec) -> bool:
         """Whether batches carry token ids instead of embeddings."""

@@ -13,13 +13,18 @@ from raysd.errors import IntegrityError
 from raysd.methods.base import Batch, TrainedModule, denoising_loss, published_dtype
 from raysd.models import BESIDE, INDEX, Family, NoiseSchedule, components, is_part
 
-WEIGHT_NAMES = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+DIFFUSERS_WEIGHTS, TRANSFORMERS_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+"""What the two libraries call a component's file: denoisers are the one's, text encoders the other's."""
 CLIP = "text_model."
 """Before the names in files of CLIP text encoders as OpenAI and transformers 4 wrote them; transformers 5 takes it off."""
 
 
 class Full:
     kind = "full"
+    lighter: str | None = "lora"
+
+    def check(self, family: Family, folder: Path, spec: TrainingSpec) -> None:
+        """Any base will do."""
 
     def trains_text(self, spec: TrainingSpec) -> bool:
         return isinstance(spec.method, FullSpec) and spec.method.text_encoder
@@ -37,10 +42,12 @@ class Full:
     def write(self, family: Family, base: Path, weights: Mapping[str, Tensor], spec: TrainingSpec, out: Path) -> None:
         """A whole diffusers folder: the base's, with the trained components' weights replaced."""
         copy_model(base, out)
-        for prefix, folder in (("denoiser.", "unet"), ("text_encoder.", "text_encoder")):
+        for module, folder in family.trained_parts:
+            prefix = f"{module}."
             trained = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
             if trained:
-                _replace_weights(out / folder, WEIGHT_NAMES[folder], trained, spec)
+                name = DIFFUSERS_WEIGHTS if module == "denoiser" else TRANSFORMERS_WEIGHTS
+                _replace_weights(out / folder, name, trained, spec)
         if spec.loss.prediction != "base":
             _set_prediction(out / "scheduler" / "scheduler_config.json", spec.loss.prediction)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raysd.config.training import LoraSpec, TrainingSpec
-from raysd.errors import SpecError
+from raysd.errors import RequestError, SpecError
 from raysd.methods.base import Batch, TrainedModule, denoising_loss, published_dtype
 from raysd.models import Family, NoiseSchedule
 from raysd.seeding import seed_of
@@ -19,6 +19,18 @@ FROZEN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 class Lora:
     kind = "lora"
+    lighter: str | None = None
+
+    def check(self, family: Family, folder: Path, spec: TrainingSpec) -> None:
+        predicts = family.noise_schedule(folder).prediction
+        if spec.loss.prediction not in ("base", predicts):
+            raise RequestError(
+                f"loss.prediction {spec.loss.prediction}: an adapter predicts what its base does ({predicts}); "
+                "leave it at base, or use method.kind full"
+            )
+        if _method(spec).targets is not None:
+            with torch.device("meta"):
+                _add_adapter(family.blank_denoiser(folder), family, folder, spec)
 
     def trains_text(self, spec: TrainingSpec) -> bool:
         return False
@@ -26,14 +38,8 @@ class Lora:
     def build(self, family: Family, folder: Path, spec: TrainingSpec) -> TrainedModule:
         """Adapters in fp32; the frozen rest in the arithmetic's precision, which autocast would cast it to each time."""
         denoiser: Any = family.denoiser(folder).requires_grad_(False).to(FROZEN[spec.scale.precision]).train()
-        targets = _method(spec).targets or family.lora_targets
         torch.manual_seed(seed_of(spec.seed, "adapter"))
-        try:
-            denoiser.add_adapter(_config(spec, targets), adapter_name=ADAPTER)
-        except ValueError as error:
-            raise SpecError(
-                f"method.targets: {', '.join(targets)} fit no module of {folder.name}: {error}"[:300]
-            ) from None
+        _add_adapter(denoiser, family, folder, spec)
         for parameter in denoiser.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -54,8 +60,7 @@ class Lora:
             name.removeprefix("denoiser.").replace(f".{ADAPTER}.", "."): tensor.to(dtype).contiguous()
             for name, tensor in weights.items()
         }
-        targets = _method(spec).targets or family.lora_targets
-        family.save_lora(tensors, {**_config(spec, targets).to_dict(), "lora_dropout": 0.0}, out)
+        family.save_lora(tensors, {**_config(spec, family).to_dict(), "lora_dropout": 0.0}, out)
 
 
 def _method(spec: TrainingSpec) -> LoraSpec:
@@ -63,7 +68,19 @@ def _method(spec: TrainingSpec) -> LoraSpec:
     return spec.method
 
 
-def _config(spec: TrainingSpec, targets: tuple[str, ...]) -> Any:
+def _targets(spec: TrainingSpec, family: Family) -> tuple[str, ...]:
+    return _method(spec).targets or family.lora_targets
+
+
+def _add_adapter(denoiser: Any, family: Family, folder: Path, spec: TrainingSpec) -> None:
+    try:
+        denoiser.add_adapter(_config(spec, family), adapter_name=ADAPTER)
+    except ValueError as error:
+        targets = ", ".join(_targets(spec, family))
+        raise SpecError(f"method.targets: {targets} fit no module of {folder.name}: {error}"[:300]) from None
+
+
+def _config(spec: TrainingSpec, family: Family) -> Any:
     from peft import LoraConfig
 
     method = _method(spec)
@@ -71,6 +88,6 @@ def _config(spec: TrainingSpec, targets: tuple[str, ...]) -> Any:
         r=method.rank,
         lora_alpha=method.alpha or method.rank,
         lora_dropout=method.dropout,
-        target_modules=list(targets),
+        target_modules=list(_targets(spec, family)),
         init_lora_weights="gaussian",
     )

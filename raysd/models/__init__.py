@@ -1,10 +1,12 @@
-"""Model families. A new family is one file and one line here."""
+"""Model families. A new one is a file beside this and a line in `FAMILIES`."""
 
 import json
 from pathlib import Path, PurePath
 
+from safetensors import safe_open
+
 from raysd.errors import RequestError
-from raysd.models.base import Family, NoiseSchedule
+from raysd.models.base import ADAPTER_ENDING, Family, NoiseSchedule
 from raysd.models.sd import StableDiffusion
 
 FAMILIES: dict[str, Family] = {"sd": StableDiffusion()}
@@ -34,6 +36,11 @@ def is_parts_name(path: PurePath) -> bool:
     return path.suffix in (".json", ".txt", ".safetensors") and ".fp16." not in path.name
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a version's file of that name is an adapter over its base: a version without one is a whole model."""
+    return name.endswith(ADAPTER_ENDING)
+
+
 def family_of(folder: Path) -> Family:
     """The family of a diffusers folder, by the pipeline class its model_index.json names. Raises RequestError."""
     try:
@@ -46,6 +53,16 @@ def family_of(folder: Path) -> Family:
     raise RequestError(f"{folder}: {pipeline} is not supported; supported families: {', '.join(FAMILIES)}")
 
 
+def family_of_file(file: Path) -> Family:
+    """The family of a single-file checkpoint, by the names of its tensors. Raises RequestError, SafetensorError."""
+    with safe_open(file, "pt") as opened:
+        names = opened.keys()
+    for family in FAMILIES.values():
+        if any(name.startswith(family.single_file_prefix) for name in names):
+            return family
+    raise RequestError(f"{file}: holds no model of a supported family; supported families: {', '.join(FAMILIES)}")
+
+
 __all__ = [
     "BESIDE",
     "FAMILIES",
@@ -54,6 +71,8 @@ __all__ = [
     "NoiseSchedule",
     "components",
     "family_of",
+    "family_of_file",
+    "is_adapter",
     "is_part",
     "is_parts_name",
     "named",

@@ -21,13 +21,18 @@ class NoiseSchedule:
     prediction: str
 
 
+ADAPTER_ENDING = "lora_weights.safetensors"
+"""Of the name of an adapter's file, as diffusers writes and looks for it."""
 OUT_OF_SHAPE = 6
 """What a hundredth of a picture's aspect is worth in hundredths of its area, where multiples of `unit` cannot have both."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of pictures and latents: latent channels, pixels a latent, and the sizes in pixels that can be drawn."""
+    """Of pictures and latents: latent channels, pixels a latent, and the sizes in pixels that can be drawn.
+
+    The channels are the autoencoder's: a denoiser may take more, as those for inpainting do.
+    """
 
     channels: int
     factor: int
@@ -65,6 +70,14 @@ class Family(Protocol):
     name: str
     pipelines: tuple[str, ...]
     """Pipeline classes whose folders belong to this family."""
+    single_file_prefix: str
+    """How names of tensors begin in single-file checkpoints of this family, and of no other."""
+    autoencoder_part: str
+    """The component of the folder that latents come from: their cache is named by its content."""
+    text_parts: tuple[str, ...]
+    """The components that conditioning comes from, tokenizers too: the cache of text is named by their content."""
+    trained_parts: tuple[tuple[str, str], ...]
+    """What may be trained: name in a `TrainedModule`, and the component of the folder and of the pipeline that it is."""
     lora_targets: tuple[str, ...]
     """Modules of the denoiser that get an adapter by default."""
 
@@ -103,7 +116,9 @@ class Family(Protocol):
         """
         ...
 
-    def geometry(self, folder: Path) -> Geometry: ...
+    def geometry(self, folder: Path) -> Geometry:
+        """From the configurations. Raises RequestError where they do not say."""
+        ...
 
     def latent_scale(self, folder: Path) -> tuple[float, float]:
         """(scaling factor, shift factor) of the latents, from the autoencoder's configuration."""
@@ -122,7 +137,11 @@ class Family(Protocol):
         ...
 
     def conditioning(self, text_encoder: nn.Module, tokens: Tensor) -> Tensor:
-        """[B, L] -> [B, L, D]"""
+        """[B, L] -> [B, L, D]
+
+        One tensor, and all that the denoiser is told of a prompt. A family with more (pooled embeddings, the picture's size)
+        has to widen what carries it: the cache of text, `Batch.text`, the backends' `encode_text` and the exported graphs.
+        """
         ...
 
     def predict(self, denoiser: nn.Module, noisy: Tensor, timesteps: Tensor, conditioning: Tensor) -> Tensor:
@@ -133,8 +152,18 @@ class Family(Protocol):
         """A diffusers pipeline that draws with the folder's model; `components` replace its own."""
         ...
 
+    def open_single_file(self, file: Path, configurations: Path | None) -> Any:
+        """The diffusers pipeline of a single-file checkpoint. Raises whatever diffusers does.
+
+        Configurations and tokenizer come from that folder, else from the hub's for the layout found.
+        """
+        ...
+
     def save_lora(self, tensors: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
-        """Write adapter tensors (names below the denoiser, `….lora_A.weight`) as the file that diffusers loads."""
+        """Write adapter tensors (names below the denoiser, `….lora_A.weight`) as the file that diffusers loads.
+
+        Its name ends in `ADAPTER_ENDING`.
+        """
         ...
 
     def lora_config(self, lora: Path) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from raysd.models.base import Geometry, NoiseSchedule
+from raysd.errors import RequestError
+from raysd.models.base import ADAPTER_ENDING, Geometry, NoiseSchedule
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+LORA_FILE = f"pytorch_{ADAPTER_ENDING}"
 CLIP_TOKENS = 77
 """Of a prompt, in every CLIP text encoder."""
 
@@ -20,6 +21,10 @@ class StableDiffusion:
 
     name = "sd"
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)
+    single_file_prefix = "cond_stage_model."
+    autoencoder_part = "vae"
+    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
+    trained_parts: tuple[tuple[str, str], ...] = (("denoiser", "unet"), ("text_encoder", "text_encoder"))
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
     def import_libraries(self) -> None:
@@ -79,11 +84,18 @@ class StableDiffusion:
         return None if width is None else int(width)
 
     def geometry(self, folder: Path) -> Geometry:
-        denoiser = json.loads((folder / "unet" / "config.json").read_text())
-        factor = 2 ** (len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"]) - 1)
-        # The U-Net halves its input once fewer than it has blocks; other sizes would not fit on the way up.
-        unit = factor * 2 ** (len(denoiser["block_out_channels"]) - 1)
-        return Geometry(denoiser["in_channels"], factor, denoiser["sample_size"] * factor, unit)
+        try:
+            denoiser = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+            autoencoder = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+            factor = 2 ** (len(autoencoder["block_out_channels"]) - 1)
+            # The U-Net halves its input once fewer than it has blocks; other sizes would not fit on the way up.
+            unit = factor * 2 ** (len(denoiser["block_out_channels"]) - 1)
+            return Geometry(autoencoder.get("latent_channels", 4), factor, int(denoiser["sample_size"]) * factor, unit)
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RequestError(
+                f"{folder}: unet/config.json and vae/config.json do not say at which sizes it draws: "
+                "put sample_size and block_out_channels there"
+            ) from None
 
     def latent_scale(self, folder: Path) -> tuple[float, float]:
         config = json.loads((folder / "vae" / "config.json").read_text())
@@ -120,6 +132,12 @@ class StableDiffusion:
             pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+    def open_single_file(self, file: Path, configurations: Path | None) -> Any:
+        from diffusers import StableDiffusionPipeline
+
+        local = {} if configurations is None else {"config": str(configurations), "local_files_only": True}
+        return StableDiffusionPipeline.from_single_file(file, safety_checker=None, **local)
 
     def save_lora(self, tensors: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
         from diffusers import StableDiffusionPipeline

@@ -6,6 +6,7 @@ from typing import Any
 from raysd.config import override
 from raysd.config.training import TrainingSpec
 from raysd.errors import RequestError
+from raysd.methods import METHODS
 from raysd.plan.devices import Device
 from raysd.plan.estimate import Estimate, Planner, fewest_workers
 from raysd.plan.memory import micro_batches
@@ -43,8 +44,8 @@ def _singles(spec: TrainingSpec) -> Iterator[Change]:
         yield {"scale.zero_stage": stage}
     if scale.offload == "none":
         yield {"scale.offload": "optimizer", **({} if scale.zero_stage else {"scale.zero_stage": 2})}
-    if spec.method.kind == "full":
-        yield {"method.kind": "lora"}
+    if lighter := METHODS[spec.method.kind].lighter:
+        yield {"method.kind": lighter}
     more = workers * 2
     while more <= min(64, spec.optim.batch_size):
         yield {"scale.workers": more, **({} if scale.zero_stage else {"scale.zero_stage": 2})}

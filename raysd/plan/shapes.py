@@ -4,7 +4,6 @@ It is built by the method itself (`Method.build`), from configurations instead o
 parameters that it will have.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,21 +121,15 @@ def count(module: nn.Module) -> Counts:
 def batch_of(folder: Path, spec: TrainingSpec, size: int) -> tuple[Batch, NoiseSchedule]:
     """A micro-batch of that many pictures. Inside `no_memory`."""
     family = family_of(folder)
-    channels, side = latent_shape(folder, spec)
+    geometry = family.geometry(folder)
+    side = spec.data.resolution // geometry.factor
     tokens, width = family.text_shape(folder)
     text = torch.zeros(size, tokens, dtype=torch.int64)
     if not METHODS[spec.method.kind].trains_text(spec):
         text = torch.zeros(size, tokens, width)
-    latents, noise = (torch.zeros(size, channels, side, side) for _ in range(2))
+    latents, noise = (torch.zeros(size, geometry.channels, side, side) for _ in range(2))
     batch = Batch(latents, noise, torch.zeros(size, dtype=torch.int64), text)
     return batch, NoiseSchedule(torch.zeros(1000), "epsilon")
-
-
-def latent_shape(folder: Path, spec: TrainingSpec) -> tuple[int, int]:
-    """(C, h) of the latents of a square picture of `data.resolution`."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())
-    blocks = len(vae.get("block_out_channels", (1, 2, 3, 4)))
-    return vae.get("latent_channels", 4), spec.data.resolution // 2 ** (blocks - 1)
 
 
 def configurations(ref: str, storage: Storage) -> Path:
@@ -166,5 +159,5 @@ def _from_hub(ref: str) -> Path:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise NotFound(
             f"base {ref}: its configuration is not on this machine, and the hub did not answer: {reason}\n"
-            "plan with a folder that holds model_index.json, unet/config.json, text_encoder/config.json and vae/config.json"
+            "plan with a folder that holds model_index.json and the config.json of each part that it names"
         ) from None

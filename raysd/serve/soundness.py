@@ -3,7 +3,7 @@
 from raysd.config.serving import ModelSpec
 from raysd.errors import ExportMissing, ExportRefused, IntegrityError, NotFound, RequestError
 from raysd.export.kept import is_kept, refusal
-from raysd.models import FAMILIES
+from raysd.models import FAMILIES, is_adapter
 from raysd.registry import Registry, Version, signing
 from raysd.registry.records import File, blob_path, parse
 from raysd.storage import Storage
@@ -91,4 +91,4 @@ class Soundness:
 
 
 def is_lora(version: Version) -> bool:
-    return any(file.path.endswith("lora_weights.safetensors") for file in version.files)
+    return any(is_adapter(file.path) for file in version.files)

@@ -18,7 +18,6 @@ from raysd.errors import LeaseHeld, LeaseLost, NotFound, OutOfMemory, RaysdError
 from raysd.lease import Lease
 from raysd.methods import METHODS
 from raysd.plan.fit import check_dry, check_fit
-from raysd.plan.shapes import build
 from raysd.references import Located, identity, locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
@@ -373,14 +372,7 @@ def _refuse_unfit(spec: TrainingSpec, located: Located) -> None:
         raise RequestError(
             f"base {spec.base}: holds an adapter, not a whole model; train from its base, or a full version"
         )
-    predicts = located.family.noise_schedule(located.folder).prediction
-    if spec.method.kind == "lora" and spec.loss.prediction not in ("base", predicts):
-        raise RequestError(
-            f"loss.prediction {spec.loss.prediction}: an adapter predicts what its base does ({predicts}); "
-            "leave it at base, or use method.kind full"
-        )
-    if spec.method.kind == "lora" and spec.method.targets is not None:
-        build(located.folder, spec)
+    METHODS[spec.method.kind].check(located.family, located.folder, spec)
 
 
 def _trainer(job: Job, run: Storage, name: str, here: bool) -> Any:

@@ -5,6 +5,7 @@ import os
 import torch
 
 from raysd.config import TrainingSpec
+from raysd.methods import METHODS
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,8 +54,8 @@ def memory_remedy(spec: TrainingSpec) -> str:
         tries.append("--scale.precision bf16")
     if spec.scale.zero_stage < 3 and spec.scale.most_workers > 1 and spec.optim.kind == "adamw":
         tries.append(f"--scale.zero_stage {spec.scale.zero_stage + 1}")
-    if spec.method.kind == "full":
-        tries.append("--method.kind lora")
+    if lighter := METHODS[spec.method.kind].lighter:
+        tries.append(f"--method.kind {lighter}")
     return (
         f"asked for: batch {spec.optim.batch_size} over {spec.scale.most_workers} workers at {spec.data.resolution} px\n"
         f"try: {' or '.join(tries[:3]) or 'a smaller data.resolution or a larger machine'}"

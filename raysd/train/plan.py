@@ -48,15 +48,15 @@ class Plan:
 
 def make_plan(dataset: Dataset, located: Located, spec: TrainingSpec) -> Plan:
     """Keys hold all that an encoding depends on and nothing else: never the learning rate."""
-    folder = located.folder
+    folder, family = located.folder, located.family
     balanced = spec.data.balance != "none"
     return Plan(
         train=tuple(_plan_item(example, spec, spec.data.augment.variants) for example in dataset.train),
         validation=tuple(_plan_item(example, spec, 1) for example in dataset.validation),
         weights=tuple(example.weight for example in dataset.train) if balanced else None,
         empty=text_key(""),
-        latents=f"cache/latents/{identity(folder, 'vae')[:16]}-fp32",
-        text=f"cache/text/{identity(folder, 'text_encoder', 'tokenizer')[:16]}-fp32",
+        latents=f"cache/latents/{identity(folder, family.autoencoder_part)[:16]}-fp32",
+        text=f"cache/text/{identity(folder, *family.text_parts)[:16]}-fp32",
         data_digest=dataset.digest,
         base_digest=identity(folder),
         base=located.ref,

@@ -68,9 +68,8 @@ def pictures(engine: Engine, folder: Any, spec: TrainingSpec, beat: Callable[[],
     after each denoising step.
     """
     module: Any = engine.module
-    components = {"unet": module.denoiser}
-    if module.text_encoder is not None:
-        components["text_encoder"] = module.text_encoder
+    modules = dict(module.named_modules())
+    components = {part: modules[name] for name, part in module.family.trained_parts if name in modules}
     pipeline = module.family.pipeline(folder, **components).to(engine.device)
     prompts = list(spec.validation.prompts)
     seeds = [torch.Generator().manual_seed(PICTURE_SEED + n) for n in range(len(prompts))]

@@ -17,6 +17,7 @@ from raysd.evaluate import scores
 from raysd.evaluate.features import Extractor, Matcher, extractor, matcher
 from raysd.evaluate.prompts import Prompt, read_prompts, unique
 from raysd.evaluate.reference import MOST, extract, plain_crop
+from raysd.models import is_adapter
 from raysd.references import Located, locate
 from raysd.seeding import seed_of
 from raysd.storage import Storage
@@ -91,7 +92,7 @@ def _requests(spec: SearchSpec, prompts: Sequence[Prompt]) -> list[Request]:
 def _written(out: Path, run: Storage, training: TrainingSpec, base: Located) -> Located:
     """The run's weights as a model on this machine."""
     write_files(run, chosen_checkpoint(run, training), training, base, out)
-    adapters = list(out.glob("*lora_weights.safetensors"))
+    adapters = [path for path in out.iterdir() if is_adapter(path.name)]
     return Located("trial", base.folder, adapters[0]) if adapters else Located("trial", out)
 
 

@@ -9,9 +9,10 @@ import torch
 
 from raysd.config import TrainingSpec, load
 from raysd.data.cache import FRESH_SECONDS, TensorCache, evict
-from raysd.data.dataset import prepare
+from raysd.data.dataset import Dataset, prepare
 from raysd.errors import StorageError
-from raysd.references import locate
+from raysd.models.sd import StableDiffusion
+from raysd.references import Located, identity, locate
 from raysd.storage import Storage
 from raysd.train.plan import make_plan
 from tests.versions import flip
@@ -65,6 +66,28 @@ def test_eviction_takes_the_longest_unused_and_nothing_of_today(storage, tmp_pat
     assert left.missing(["old", "older", "new"]) == ["older"]
     assert evict(storage.child("cache"), max_bytes=0, max_age=0) > 4000
     assert TensorCache(storage.child("cache/latents/space")).refresh().missing(["old", "new"]) == ["old"]
+
+
+def test_a_cache_is_named_by_the_parts_that_the_family_encodes_with(tiny_base, tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "text_encoder_2").mkdir()
+    (base / "text_encoder_2" / "config.json").write_text("{}")
+    located, spec = Located("base", base), load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
+
+    def names():
+        plan = make_plan(Dataset((), (), None, "digest"), located, spec)
+        return plan.latents, plan.text
+
+    def name(kind, *parts):
+        return f"cache/{kind}/{identity(base, *parts)[:16]}-fp32"
+
+    latents, text = name("latents", "vae"), name("text", "text_encoder", "tokenizer")
+    assert names() == (latents, text)
+    monkeypatch.setattr(StableDiffusion, "text_parts", ("text_encoder", "tokenizer", "text_encoder_2"))
+    assert names() == (latents, name("text", "text_encoder", "tokenizer", "text_encoder_2"))
+    monkeypatch.setattr(StableDiffusion, "autoencoder_part", "text_encoder_2")
+    assert names()[0] == name("latents", "text_encoder_2")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from raysd.data.dataset import prepare
 from raysd.errors import DataError, NotFound, RequestError, SpecError
 from raysd.evaluate.evaluation import _public, _Work, evaluate, spec_of
 from raysd.evaluate.kept import of_version
+from raysd.evaluate.reference import data_spec
 from raysd.evaluate.report import Training, page, table
+from raysd.models.base import Geometry
 from raysd.references import identity, locate
 from raysd.registry import Registry
 from raysd.storage import Storage
@@ -62,6 +64,11 @@ def found(tiny_base, damaged, tiny_pictures, storage, prompts, seen):
     spec = spec_of(str(tiny_base), str(tiny_pictures), given, storage)
     assert spec.data.resolution == 64, "the model's own"
     return evaluate(str(tiny_base), str(damaged), spec, storage, seen.append)
+
+
+def test_pictures_are_read_at_the_size_that_the_family_says():
+    family = SimpleNamespace(geometry=lambda folder: Geometry(channels=4, factor=8, size=96, unit=8))
+    assert data_spec("x", SimpleNamespace(version=None, folder=None, family=family)).resolution == 96
 
 
 def test_both_models_get_every_score_with_its_n(found):

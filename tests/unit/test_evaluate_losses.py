@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from raysd.config import TrainingSpec, load
 from raysd.data.augment import Variant, apply
 from raysd.evaluate.losses import Meter, fixed_noise, losses, middles
-from raysd.methods import METHODS
+from raysd.methods import METHODS, TrainedModule
+from raysd.models.sd import StableDiffusion
 from raysd.references import Located
 from tests.pictures import photo
 
@@ -20,10 +21,11 @@ def pictures():
     return [(apply(photo(n, 80), Variant(), 64), f"picture {n}") for n in range(3)]
 
 
-def test_the_loss_equals_that_of_diffusers_components(tiny_base, pictures):
+def test_the_loss_equals_that_of_diffusers_components(tiny_base, pictures, monkeypatch):
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    monkeypatch.delattr(StableDiffusion, "pipeline")  # what its parts are called, not every family's are
     found = Meter(Located("base", tiny_base)).errors(pictures, each=1, batch=5)
     assert found.shape == (3, 4, 1)
     vae, unet = (
@@ -69,8 +71,11 @@ def test_an_adapter_is_on(tiny_base, pictures, tmp_path):
     tensors = {name: 0.2 * torch.randn(p.shape) for name, p in module.named_parameters() if p.requires_grad}
     METHODS["lora"].write(base.family, tiny_base, tensors, spec, tmp_path)
     [adapter] = tmp_path.glob("*.safetensors")
-    without = Meter(base).errors(pictures, each=1)
-    assert (Meter(Located("cats", tiny_base, adapter)).errors(pictures, each=1) != without).all()
+    meter = Meter(base)
+    without, found = meter.errors(pictures, each=1), Meter(Located("cats", tiny_base, adapter)).errors(pictures, each=1)
+    assert (found != without).all()
+    meter.model = TrainedModule(base.family, base.family.pipeline(tiny_base, adapter).unet).eval()
+    assert (found == meter.errors(pictures, each=1)).all(), "as strong as what draws has it"
 
 
 def test_the_summary_is_of_pictures_and_the_gap_is_validation_minus_train():

@@ -49,6 +49,7 @@ def quiet(event):
         ({"scale.precision": "fp16"}, "scale.precision fp16 needs a GPU"),
         ({"scale.gpus": True}, "scale.workers 1 with a GPU each: this cluster has 0 GPUs"),
         ({"method.targets": ["nothing"]}, "method.targets: nothing fit no module"),
+        ({"loss.prediction": "v_prediction"}, "loss.prediction v_prediction: an adapter predicts what its base does"),
         ({"track.mlflow": "http://x"}, "track.mlflow: not installed"),
         ({"track.wandb": "x"}, "track.wandb: not installed"),
     ],

@@ -1,6 +1,8 @@
-"""The family `sd` against diffusers' own components, used by hand."""
+"""Every method with every family, and the family `sd` against diffusers' own components, used by hand."""
 
+import json
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -11,18 +13,22 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from raysd import draw as module
 from raysd.assets import asset
 from raysd.config import TrainingSpec, load, override
+from raysd.config.training import MethodSpec
 from raysd.data.cache import TensorCache
 from raysd.data.sampler import Sampler
 from raysd.diffusion import sample_posterior
 from raysd.draw import Request, draw
 from raysd.errors import NotFound, RequestError
 from raysd.methods import METHODS, Batch
-from raysd.models import FAMILIES, family_of
+from raysd.models import FAMILIES, family_of, is_adapter
+from raysd.models.sd import StableDiffusion
 from raysd.references import identity, locate
 from raysd.storage import Storage
 from raysd.train.batches import Batches, Item, Source
 
 SPEC = load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
+BASES = {"sd": "tiny_base"}
+"""Of each family the fixture of a folder that trains in seconds."""
 
 
 @pytest.fixture
@@ -53,10 +59,8 @@ def _by_hand(folder, pixels, caption, noise, timesteps, posterior):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_loss_equals_that_of_diffusers_components(located, prediction, method, tmp_path):
-    import json
-
     folder = tmp_path / "base"
     shutil.copytree(located.folder, folder)
     config = folder / "scheduler" / "scheduler_config.json"
@@ -84,7 +88,7 @@ def _guess(noisy, timesteps, text):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_min_snr_weighs_each_timestep_as_the_paper_says(located, prediction, method):
     """Hang et al. 2023, sec. 3.4, a sample and a number at a time; the timesteps' ratios lie on both sides of gamma."""
     torch.manual_seed(0)
@@ -130,19 +134,89 @@ def test_noise_offset_adds_one_number_to_each_channel_of_each_sample(tmp_path):
         assert torch.equal(getattr(shifted, name), getattr(plain, name))
 
 
-def test_every_method_runs_with_every_family(located):
-    for method in METHODS.values():
-        for family in FAMILIES.values():
-            spec = override(SPEC, {"method.kind": method.kind})
-            module = method.build(family, located.folder, spec)
-            trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-            batch = Batch(
-                torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.tensor([1, 9]), torch.randn(2, 24, 64)
-            )
-            method.loss(module, batch, family.noise_schedule(located.folder), spec).sum().backward()
-            gradients = dict(module.named_parameters())
-            assert trained
-            assert all(gradients[name].grad is not None for name in trained)
+def test_every_family_has_a_base_here_and_every_method_a_spec():
+    assert BASES.keys() == FAMILIES.keys() == {family.name for family in FAMILIES.values()}
+    variants, _ = get_args(MethodSpec)
+    kinds = {variant.model_fields["kind"].default for variant in get_args(variants)}
+    assert kinds == METHODS.keys() == {method.kind for method in METHODS.values()}
+    assert {method.lighter for method in METHODS.values()} <= {None, *METHODS}
+
+
+@pytest.mark.parametrize("kind", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_every_method_runs_with_every_family(request, tmp_path, name, kind):
+    family, method, folder = FAMILIES[name], METHODS[kind], request.getfixturevalue(BASES[name])
+    assert family_of(folder) is family
+    spec = override(SPEC, {"method.kind": kind})
+    method.check(family, folder, spec)
+    module = method.build(family, folder, spec)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    batch = _batch(family, folder, method.trains_text(spec))
+    method.loss(module, batch, family.noise_schedule(folder), spec).sum().backward()
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained.values())
+
+    method.write(family, folder, {name: parameter.detach() for name, parameter in trained.items()}, spec, tmp_path)
+    adapters = [path for path in tmp_path.rglob("*") if is_adapter(path.name)]
+    assert adapters or family_of(tmp_path) is family, "a version is an adapter or a whole model"
+    family.pipeline(folder if adapters else tmp_path, *adapters)
+
+
+def _batch(family, folder, ids):
+    """Two pictures of the family's own size."""
+    shape, (length, width) = family.geometry(folder).latents(None, None), family.text_shape(folder)
+    latents, noise = torch.randn(2, *shape), torch.randn(2, *shape)
+    text = torch.ones(2, length, dtype=torch.int64) if ids else torch.randn(2, length, width)
+    return Batch(latents, noise, torch.tensor([1, 9]), text)
+
+
+def test_an_adapter_predicts_what_its_base_does_and_finds_its_modules(located):
+    lora = override(SPEC, {"method.kind": "lora"})
+    before = torch.random.get_rng_state()
+    for changes, said in (
+        ({"loss.prediction": "v_prediction"}, r"an adapter predicts what its base does \(epsilon\)"),
+        ({"method.targets": ["nothing"]}, "method.targets: nothing fit no module of"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            METHODS["lora"].check(located.family, located.folder, override(lora, changes))
+    for changes in ({"loss.prediction": "epsilon"}, {"method.targets": ["to_q"]}):
+        METHODS["lora"].check(located.family, located.folder, override(lora, changes))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    whole = override(SPEC, {"method.kind": "full", "loss.prediction": "v_prediction"})
+    METHODS["full"].check(located.family, located.folder, whole)
+
+
+def test_latents_have_as_many_channels_as_the_autoencoder_makes(located, tmp_path):
+    """A denoiser for inpainting takes a mask and a masked picture beside them."""
+    folder = tmp_path / "base"
+    shutil.copytree(located.folder, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
+    assert located.family.geometry(folder).latents(None, None) == (4, 16, 16)
+
+
+def test_configurations_that_do_not_say_the_size_are_refused(located, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(located.folder, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "sample_size": None}))
+    with pytest.raises(RequestError, match="do not say at which sizes it draws"):
+        located.family.geometry(folder)
+
+
+def test_trained_weights_are_written_where_the_family_has_them(located, tmp_path, monkeypatch):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(located.folder, base)
+    (base / "unet").rename(base / "transformer")
+    index = base / "model_index.json"
+    index.write_text(index.read_text().replace('"unet"', '"transformer"'))
+    monkeypatch.setattr(StableDiffusion, "trained_parts", (("denoiser", "transformer"),))
+    [path] = (base / "transformer").glob("*.safetensors")
+    weights = {f"denoiser.{name}": tensor + 1 for name, tensor in load_file(path).items()}
+    METHODS["full"].write(located.family, base, weights, override(SPEC, {"publish.precision": "fp32"}), out)
+    written = load_file(out / "transformer" / path.name)
+    assert written.keys() == {name.removeprefix("denoiser.") for name in weights}
+    assert all(torch.equal(tensor, weights[f"denoiser.{name}"]) for name, tensor in written.items())
 
 
 def test_the_text_encoder_is_trained_on_request(located):

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from raysd import cluster
 from raysd.cluster import Allotment
 from raysd.config import TrainingSpec, load, override
 from raysd.errors import NotFound, RequestError, SpecError
+from raysd.methods import METHODS
 from raysd.plan import fit
-from raysd.plan.changes import change_that_fits, words
+from raysd.plan.changes import _singles, change_that_fits, words
 from raysd.plan.devices import device, devices
 from raysd.plan.estimate import Planner
 from raysd.plan.memory import Memory, memory_of, micro_batches, optimizer_bytes
@@ -201,6 +203,13 @@ def test_the_first_change_that_fits_is_named(small, share):
 
 
 @pytest.mark.long
+def test_another_method_is_tried_where_the_method_names_a_lighter_one(small, monkeypatch):
+    singles = [{"method.kind": "lora"}, {"method.kind": "full"}]
+    assert [change for change in _singles(PLAIN) if change in singles] == singles[:1]
+    monkeypatch.setitem(METHODS, "full", SimpleNamespace(lighter="full"))
+    assert [change for change in _singles(PLAIN) if change in singles] == singles[1:]
+
+
 def test_nothing_fits_into_nothing(small):
     lab = override(device("A10G"), {"memory": 1.0001, "reserved": 1.0})
     assert change_that_fits(Planner(small, 1), PLAIN, "lab", lab) is None

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from raysd.errors import IntegrityError, NotFound, RequestError
+from raysd.models import FAMILIES
 from raysd.references import identity, locate
 from raysd.registry import Registry
 from raysd.storage import Storage
@@ -49,8 +51,25 @@ def test_a_single_file_is_the_model_it_was_made_from(tiny_base, storage, tmp_pat
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours), part
     (tmp_path / "model.safetensors").write_bytes(b"no checkpoint")
-    with pytest.raises(RequestError, match="not loadable as a Stable Diffusion checkpoint"):
+    with pytest.raises(RequestError, match="not loadable as a single-file checkpoint"):
         locate(str(tmp_path / "model.safetensors"), storage)
+
+
+def test_a_single_file_is_opened_by_the_family_whose_names_it_has(tiny_base, storage, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, seen = tmp_path / "model.safetensors", []
+    save_file({"conditioner.embedders.0.x": torch.ones(2)}, file)
+    with pytest.raises(RequestError, match="holds no model of a supported family; supported families: sd"):
+        locate(str(file), storage)
+
+    def open_single_file(path, configurations):
+        seen.append((path, configurations))
+        return SimpleNamespace(save_pretrained=lambda folder, **_: shutil.copytree(tiny_base, folder))
+
+    other = SimpleNamespace(single_file_prefix="conditioner.", open_single_file=open_single_file)
+    monkeypatch.setitem(FAMILIES, "other", other)
+    assert identity(locate(str(file), storage).folder) == identity(tiny_base)
+    assert seen == [(file, None)]
 
 
 def test_a_version_refuses_another_base_than_the_one_it_was_trained_on(tiny_base, storage, tmp_path):

@@ -9,6 +9,7 @@ import ray
 import torch
 
 from raysd.config import TrainingSpec, load, override
+from raysd.methods import METHODS, TrainedModule
 from raysd.train import validate
 from raysd.train.memory import is_out_of_memory, memory_advice
 from raysd.train.worker import Worker
@@ -94,6 +95,29 @@ def test_a_trial_that_is_its_own_worker_hears_that_its_node_is_taken_away(monkey
     assert worker._notice()
     assert not worker._notice(), "it was answered with a checkpoint"
     assert len(told) == 1
+
+
+def test_advice_to_train_less_names_what_the_method_says(monkeypatch):
+    monkeypatch.setitem(METHODS, "lora", SimpleNamespace(lighter="full"))
+    text = memory_advice(override(SPEC, {**SMALLEST, "method.kind": "lora"}), MemoryError())
+    assert text.endswith("try: --method.kind full")
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_pictures_are_drawn_with_what_is_trained_where_the_family_has_it(text):
+    parts = (("denoiser", "transformer"), ("text_encoder", "text_encoder_2"))
+    seen: dict[str, torch.nn.Module] = {}
+
+    def pipeline(folder, **components):
+        seen.update(components)
+        return SimpleNamespace(to=lambda device: lambda prompts, **_: SimpleNamespace(images=prompts))
+
+    family = SimpleNamespace(trained_parts=parts, pipeline=pipeline)
+    denoiser, encoder = torch.nn.Identity(), torch.nn.Identity()
+    module = TrainedModule(family, denoiser, encoder if text else None)
+    engine = SimpleNamespace(module=module, device=torch.device("cpu"))
+    assert validate.pictures(engine, None, override(SPEC, {"validation.prompts": ["x"]})) == ["x"]
+    assert seen == {"transformer": denoiser, **({"text_encoder_2": encoder} if text else {})}
 
 
 def test_a_long_validation_is_not_taken_for_a_hang(monkeypatch):
