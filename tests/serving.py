@@ -23,6 +23,7 @@ from raysd.database import Database
 from raysd.draw import metadata, open_pipeline
 from raysd.errors import NotFound
 from raysd.feedback.generations import Generations
+from raysd.host import listen
 from raysd.references import locate
 from raysd.serve.drawing import Drawing
 from raysd.serve.http.application import build
@@ -33,7 +34,6 @@ from raysd.serve.predictions import Ask, Claim, NewPrediction, Picture, Predicti
 from raysd.serve.queue import Queue
 from raysd.serve.uploads import Uploads
 from raysd.storage import Storage
-from raysd.study.host import listen
 
 DIGESTS = ("1" * 64, "2" * 64)
 CATS = Served(

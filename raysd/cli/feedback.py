@@ -67,7 +67,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """One line of a table. What people wrote is text in it, never markup or escape codes."""
     from rich.markup import escape
 
-    from raysd.data.words import shown
+    from raysd.words import shown
 
     pair = row["pair"]
     if pair is not None:

@@ -53,7 +53,9 @@ def study_serve(
 
     storage = open_storage()
     app = of_study(open_database(storage), storage, name, public=public)
-    hosting.serve(app, hosting.listen(host, port, public=public), lambda url: out.print(url, soft_wrap=True))
+    hosting.serve(
+        app, hosting.listen_to_reviewers(host, port, public=public), lambda url: out.print(url, soft_wrap=True)
+    )
 
 
 @study_app.command("results")

@@ -16,9 +16,9 @@ from typing import IO
 from raysd.data.captions import SIDECARS, TABLES
 from raysd.data.picture import MAX_BYTES, SUFFIXES
 from raysd.data.place import File, hidden
-from raysd.data.words import shown
 from raysd.errors import DataError, NotFound
 from raysd.storage import Storage
+from raysd.words import shown
 
 MAX_MEMBERS = 200_000
 MAX_DIRECTORY_BYTES = 64 * 2**20

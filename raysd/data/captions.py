@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from raysd.data.place import File, locate, read_bytes
-from raysd.data.words import is_text, shown
 from raysd.errors import DataError
+from raysd.words import is_text, shown
 
 SIDECARS = (".txt", ".caption")
 TABLES = ("captions.csv", "metadata.csv", "captions.jsonl", "metadata.jsonl")

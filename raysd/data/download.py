@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
-from raysd.data.words import shown
 from raysd.errors import DataError, StorageError
+from raysd.words import shown
 
 MAX_ARCHIVE_BYTES = 32 * 2**30
 MAX_SECONDS = 3600

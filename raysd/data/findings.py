@@ -6,8 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from raysd.config.data import DataSpec
 from raysd.data.balance import Balance
-from raysd.data.words import counted, named, shown
 from raysd.errors import DataError
+from raysd.words import counted, named, shown
 
 FEWEST = 5
 RECOMMENDED = 10

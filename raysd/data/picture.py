@@ -10,8 +10,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from raysd.data.place import read_bytes
-from raysd.data.words import shown
 from raysd.errors import DataError
+from raysd.words import shown
 
 MAX_PIXELS = 100_000_000
 """A larger picture is taken for a decompression bomb (RGB of this size is 300 MB)."""

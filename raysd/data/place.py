@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from raysd.data.words import is_text, shown
 from raysd.errors import DataError, StorageError
+from raysd.words import is_text, shown
 
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory", "file")
 """No http here (it would follow redirects to anywhere: see download.py), and no protocol that wraps another."""

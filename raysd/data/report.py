@@ -15,8 +15,8 @@ from rich.text import Text
 from raysd.data.findings import Report
 from raysd.data.picture import read_picture
 from raysd.data.source import Entry, Source
-from raysd.data.words import named, shown
 from raysd.errors import DataError
+from raysd.words import named, shown
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 THUMB_SIDE = 160

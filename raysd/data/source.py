@@ -11,9 +11,9 @@ from raysd.data.captions import SIDECARS, TABLES, captions
 from raysd.data.download import download, fetch
 from raysd.data.picture import MAX_BYTES, MAX_PIXELS, SUFFIXES, read_picture
 from raysd.data.place import File, locate, walk
-from raysd.data.words import counted, named, shown
 from raysd.errors import DataError
 from raysd.storage import Storage
+from raysd.words import counted, named, shown
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "Entry", "Source", "open_source", "read_picture"]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raysd.data.words import is_text
 from raysd.errors import NotFound, RequestError
+from raysd.words import is_text
 
 BUNDLED = Path(__file__).with_name("prompts.txt")
 """What tiny-sd was trained for: every shape in every colour."""

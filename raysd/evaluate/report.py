@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from raysd.data.picture import read_picture
-from raysd.data.words import shown
 from raysd.errors import DataError, NotFound
 from raysd.evaluate.intervals import Interval
 from raysd.evaluate.judging import Score
@@ -25,6 +24,7 @@ from raysd.evaluate.kept import Kept, other_versions
 from raysd.evaluate.records import Evaluation, Judged
 from raysd.plots import Mark, intervals, lines
 from raysd.storage import Storage
+from raysd.words import shown
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 THUMB_SIDE = 192

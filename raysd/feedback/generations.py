@@ -8,12 +8,12 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from raysd import database as sql
-from raysd.data.words import shown
 from raysd.database import Clock, Database
 from raysd.errors import NotFound
 from raysd.feedback.tables import FeedbackRow, GenerationRow
 from raysd.patience import Patient
 from raysd.storage import Storage
+from raysd.words import shown
 
 FOLDER = "generated"
 """Pictures lie in generated/YYYY-MM-DD/, by the day (UTC) of their prediction, whose id their names begin with."""

@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import func, select
 
-from raysd.data.words import shown
 from raysd.database import Database
 from raysd.evaluate.intervals import Interval, bootstrap_mean, wilson
 from raysd.feedback.opinions import Opinion, by_id, opinions, preferences
 from raysd.feedback.tables import GenerationRow
+from raysd.words import shown
 
 Version = tuple[str, str, str]
 """Model, reference, digest."""

@@ -13,11 +13,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from raysd import database as sql
-from raysd.data.words import shown
 from raysd.database import Clock, Database
 from raysd.errors import NotFound, RequestError
 from raysd.patience import Patient
 from raysd.serve.tables import KeyRow
+from raysd.words import shown
 
 Role = Literal["generate", "feedback", "train", "admin"]
 ROLES: tuple[Role, ...] = get_args(Role)

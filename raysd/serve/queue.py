@@ -7,7 +7,6 @@ from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from raysd import database as sql
-from raysd.data.words import shown
 from raysd.database import Clock, Database
 from raysd.errors import NotFound, RequestError
 from raysd.idempotency import Seal, seal
@@ -16,6 +15,7 @@ from raysd.serve import claims, limits, rows, uploads
 from raysd.serve.metrics import Metrics
 from raysd.serve.predictions import LIVE, Claim, Cursor, NewPrediction, Picture, Prediction
 from raysd.serve.tables import PredictionRow
+from raysd.words import shown
 
 
 class Queue:

@@ -12,7 +12,7 @@ import yaml
 from raysd.config import load
 from raysd.config.serving import ServingSpec
 from raysd.errors import RequestError, SpecError
-from raysd.study.host import is_loopback, listen
+from raysd.host import is_loopback, listen
 
 BUILDER = "raysd.serve.app:build"
 NAME = "raysd"
@@ -70,7 +70,7 @@ def run(
     _refuse_open(spec, host, "--host")
     shared = "RAY_ADDRESS" in os.environ
     if not shared:
-        listen(host, port, public=True).close()  # a proxy that cannot listen would only say so in its log
+        listen(host, port).close()  # a proxy that cannot listen would only say so in its log
         _refuse_absent(options)
     from ray import serve
 

@@ -1,38 +1,23 @@
 """The server of a study's page: where it may listen, and until when."""
 
 import contextlib
-import ipaddress
 import signal
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from raysd.errors import RequestError
+from raysd.host import is_loopback, listen
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address, as in a URL, is this machine's alone."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def listen(host: str, port: int, *, public: bool = False) -> socket.socket:
+def listen_to_reviewers(host: str, port: int, *, public: bool = False) -> socket.socket:
     """The socket. Raises RequestError for an address that others reach, unless `public`, and for one that is taken."""
     if not public and not is_loopback(host):
         raise RequestError(
             f"--host {host}: others reach it, and the page knows no logins: anyone could vote under any name; "
             "give --public if that is what you want"
         )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RequestError(f"--host {host} --port {port}: cannot listen there: {reason}; try another --port") from None
+    return listen(host, port)
 
 
 def serve(app: Any, listening: socket.socket, ready: Callable[[str], None]) -> None:

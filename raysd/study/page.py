@@ -15,9 +15,9 @@ from jinja2 import Environment, StrictUndefined
 
 from raysd.database import Database
 from raysd.errors import RaysdError, RequestError
+from raysd.host import is_loopback
 from raysd.storage import Storage
 from raysd.study import studies
-from raysd.study.host import is_loopback
 from raysd.study.votes import LONGEST_NAME, Answer, Ballot
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")

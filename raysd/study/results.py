@@ -9,11 +9,11 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy import select
 
-from raysd.data.words import shown
 from raysd.database import Database
 from raysd.evaluate.intervals import wilson
 from raysd.study.studies import find
 from raysd.study.tables import Pair, Side, Study, Vote
+from raysd.words import shown
 
 SIDES: tuple[Side, Side] = ("first", "second")
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request
 
-from raysd.data.words import named, shown
 from raysd.errors import NotFound, RequestError
 from raysd.serve.http.desk import Served, Share
 from raysd.serve.http.errors import OPENAI, REPLICATE
 from raysd.serve.http.service import Service, may
 from raysd.serve.http.wire import Input
+from raysd.words import named, shown
 
 OWNER = "raysd"
 """Replicate's names of models are owner/name; here all have this owner."""

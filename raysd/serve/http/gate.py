@@ -15,9 +15,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from raysd.host import is_loopback
 from raysd.serve import tracing
 from raysd.serve.http.errors import Refused, answer
-from raysd.study.host import is_loopback
 
 log = logging.getLogger("raysd.serve.http")
 MOST_HEADER_BYTES = 32 * 1024
