@@ -68,6 +68,19 @@ def dotted(arguments: list[str]) -> dict[str, Any]:
     return changes
 
 
+def search_of(file: str, arguments: list[str]) -> tuple[SearchSpec, dict[str, Any]]:
+    """A search with those of the options that are its own, and {path: value} of what it and the others set of the training.
+
+    Raises SpecError or RequestError.
+    """
+    path = Path(file)
+    spec, changes = load(SearchSpec, read_toml(path), path.name), dotted(arguments)
+    own = {name: value for name, value in changes.items() if name.split(".")[0] in SearchSpec.model_fields}
+    training = {name: value for name, value in changes.items() if name not in own}
+    spec = override(spec, own) if own else spec
+    return spec, {**spec.training, **training}
+
+
 def train_help(recipe: str | None) -> None:
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     out.print("raysd train RECIPE|FILE.toml [--name RUN] [--dry-run] [--json] [--any.dotted.path VALUE ...]")

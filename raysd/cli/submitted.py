@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from raysd.cli.specs import dotted, recipe_of
-from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
+from raysd.cli.specs import dotted, recipe_of, search_of
+from raysd.config import TrainingSpec, override
 from raysd.errors import RequestError
 from raysd.jobs.command import Command, Named
 
@@ -55,14 +55,10 @@ def _tune(plain: Command, values: dict[str, Any], rest: list[str]) -> Command:
         )
     inputs: tuple[Named, ...] = (Named("the search", what, file=True),)
     if _readable(what):
-        spec = load(SearchSpec, read_toml(Path(what)), Path(what).name)
-        changes = dotted(rest)
-        own = {path: value for path, value in changes.items() if path.split(".")[0] in SearchSpec.model_fields}
-        spec = override(spec, own) if own else spec
+        spec, training = search_of(what, rest)
         inputs += _recipe(spec.recipe)
         if _readable(spec.recipe):
-            others = {path: value for path, value in changes.items() if path not in own}
-            inputs += _training(override(recipe_of(spec.recipe), {**spec.training, **others}))
+            inputs += _training(override(recipe_of(spec.recipe), training))
     label = name or Path(what).stem
     return Command(plain.words, label, search=name, unnamed=name is None, inputs=(*plain.inputs, *inputs))
 

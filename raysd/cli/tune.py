@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from raysd.cli.output import Json, open_storage, out, reserve_output, show
-from raysd.cli.specs import dotted, grounded, grounded_search, recipe_of
-from raysd.config import SearchSpec, TrainingSpec, load, override, read_toml
+from raysd.cli.specs import grounded, grounded_search, recipe_of, search_of
+from raysd.config import SearchSpec, TrainingSpec, override
 from raysd.console import Watcher, errors
 from raysd.errors import RequestError
 
@@ -30,13 +30,9 @@ def tune(
             raise RequestError(f"raysd tune {what} SEARCH: name one search")
         _on_search(what, context.args[0], retrain, html, as_json)
         return
-    spec = load(SearchSpec, read_toml(Path(what)), Path(what).name)
-    changes = dotted(context.args)
-    own = {path: value for path, value in changes.items() if path.split(".")[0] in SearchSpec.model_fields}
-    spec = grounded_search(override(spec, own) if own else spec)
-    rest = {path: value for path, value in changes.items() if path not in own}
-    training = grounded(override(recipe_of(spec.recipe), {**spec.training, **rest}))
-    _search(spec, training, name or Path(what).stem.lower(), retrain, as_json)
+    spec, values = search_of(what, context.args)
+    training = grounded(override(recipe_of(spec.recipe), values))
+    _search(grounded_search(spec), training, name or Path(what).stem.lower(), retrain, as_json)
 
 
 def _search(spec: SearchSpec, training: TrainingSpec, name: str, retrain: bool, as_json: bool) -> None:

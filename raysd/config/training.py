@@ -141,6 +141,11 @@ class ValidationSpec(Spec):
     prompts: tuple[str, ...] = ()
     """Pictures are drawn from these at each validation, with fixed seeds."""
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint of the lowest validation loss is kept, and what counts in the end."""
+        return self.best and self.every > 0
+
 
 class CheckpointSpec(Spec):
     every: NonNegative | None = None

@@ -43,6 +43,10 @@ class Progress:
     last: float | None = None  # newest validation loss
     base_loss: float | None = None  # validation loss before the first step
 
+    def exhausts(self, patience: int | None) -> bool:
+        """Whether so many validations brought no improvement; never without a `patience`."""
+        return patience is not None and self.stale >= patience
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -253,7 +253,7 @@ class Launch:
             checkpoint=newest.step if newest else None,
             best_step=progress.best_step,
             base_loss=progress.base_loss,
-            loss=progress.best if self.spec.validation.best else progress.last,
+            loss=progress.best if self.spec.validation.keeps_best else progress.last,
         )
         if newest is None or not self._done(total):
             return Outcome(runs.write(self.run, replace(record, status="interrupted")), finished=False)
@@ -265,10 +265,9 @@ class Launch:
 
     def _done(self, total: int) -> bool:
         newest = checkpoint.latest(self.run)
-        patience = self.spec.validation.patience
-        return newest is not None and (
-            newest.step >= total or (patience is not None and newest.progress.stale >= patience)
-        )
+        if newest is None:
+            return False
+        return newest.step >= total or newest.progress.exhausts(self.spec.validation.patience)
 
     def _interrupt(self, again: bool) -> None:
         if again:

@@ -52,7 +52,7 @@ def chosen_checkpoint(run: Storage, spec: TrainingSpec) -> Checkpoint:
     newest = checkpoint.latest(run)
     assert newest is not None, "a finished run has a checkpoint"
     best = newest.progress.best_step
-    if spec.validation.best and spec.validation.every > 0 and best is not None:
+    if spec.validation.keeps_best and best is not None:
         return checkpoint.at_step(run, best)
     return newest
 

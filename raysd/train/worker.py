@@ -118,7 +118,8 @@ class Worker:
             progress = replace(progress, base_loss=self._validate(0))
             self._draw(0)
         self._report("start", step=progress.step, base_loss=progress.base_loss, world=self.world)
-        if self._early(progress):
+        patience = self.spec.validation.patience
+        if progress.exhausts(patience):
             return
         began = progress.step
         profiler = Profiler(self.store) if self.spec.track.profile and self.rank == 0 else None
@@ -129,7 +130,7 @@ class Worker:
             progress = self._between(record, replace(progress, step=record.step))
             if self.saver.pending is not None and record.votes.written:
                 self._finish_save()
-            ends = record.votes.stop or self._early(progress) or record.step == self.job.total
+            ends = record.votes.stop or progress.exhausts(patience) or record.step == self.job.total
             leaves = record.votes.look and self._notice()
             due = (
                 self._due(self.spec.checkpoint.interval(self.job.total), record.step)
@@ -279,7 +280,8 @@ class Worker:
         progress = self.saver.finish().progress
         self.hang.beat()
         if self.rank == 0:
-            checkpoint.prune(self.store, self.spec.checkpoint.keep, progress.best_step if self._keeps_best() else None)
+            best = progress.best_step if self.spec.validation.keeps_best else None
+            checkpoint.prune(self.store, self.spec.checkpoint.keep, best)
         self._report("checkpoint", step=progress.step, best=progress.best, best_step=progress.best_step)
 
     def _notice(self) -> bool:
@@ -305,13 +307,6 @@ class Worker:
         if self.reporter is not None:
             self._report("notice", text=f"{text}: its stacks are in {self.store.url}/{name}; it is started again")
         self.store.write(name, f"{text} on {os.uname().nodename}\n\n{stacks}".encode())
-
-    def _keeps_best(self) -> bool:
-        return self.spec.validation.best and self.spec.validation.every > 0
-
-    def _early(self, progress: Progress) -> bool:
-        patience = self.spec.validation.patience
-        return patience is not None and progress.stale >= patience
 
     def _due(self, every: int, step: int) -> bool:
         return every > 0 and step % every == 0
