@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from raysd.cli.output import RESULT, Json, show, table, when
+from raysd.cli.submitted import command_of
 from raysd.console import errors
 from raysd.errors import RequestError
 from raysd.jobs import clusters, command, environment, package
@@ -23,6 +24,7 @@ OnCluster = Annotated[
 
 @app.command()
 def submit(
+    context: typer.Context,
     words: Annotated[list[str], typer.Argument(metavar="-- COMMAND …", help="Any command of raysd.")],
     cluster: OnCluster = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show the job's log and end with its exit status.")] = False,
@@ -37,12 +39,9 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Run a command on a cluster: `raysd submit --cluster http://HOST:8265 --follow -- train lora-demo`."""
-    from raysd.cli import app as whole
-    from raysd.cli.submitted import command_of
-
     where = clusters.find(cluster)
     entry = _entry(where.spec.entry, entry_cpus, entry_resource, entry_label)
-    found = command_of(whole, words)
+    found = command_of(context.find_root().command, words)
     command.refuse_secrets(found)
     command.refuse_outputs(found)
     storage = environment.storage_for(where)

@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from raysd.cli.specs import dotted, recipe_of, search_of
 from raysd.config import TrainingSpec, override
 from raysd.errors import RequestError
@@ -18,11 +16,14 @@ PATHS = ("data", "source", "prompts", "inception", "clip")
 FILES = (".toml", ".yaml", ".yml", ".jsonl", ".zip", ".safetensors")
 
 
-def command_of(app: typer.Typer, words: Sequence[str]) -> Command:
-    """Parse a command without running it. Raises RequestError, SpecError, and typer's own error for a wrong option."""
+def command_of(root: Any, words: Sequence[str]) -> Command:
+    """Parse a command of `root`, raysd's own, without running it.
+
+    Raises RequestError, SpecError, and typer's own error for a wrong option.
+    """
     if not words or words[0] in NOT_JOBS:
         raise RequestError("raysd submit -- COMMAND …: a command of raysd, such as train lora-demo")
-    context = _parsed(app, words)
+    context = _parsed(root, words)
     given = list(_paths(context))
     outputs = tuple(named for named in given if named.option in OUTPUTS)
     inputs = tuple(named for named in given if named.option not in OUTPUTS)
@@ -63,10 +64,9 @@ def _tune(plain: Command, values: dict[str, Any], rest: list[str]) -> Command:
     return Command(plain.words, label, search=name, unnamed=name is None, inputs=(*plain.inputs, *inputs))
 
 
-def _parsed(app: typer.Typer, words: Sequence[str]) -> Any:
+def _parsed(root: Any, words: Sequence[str]) -> Any:
     """The context of the innermost command, with its values; nothing is run."""
-    command: Any = typer.main.get_command(app)
-    rest = list(words)
+    command, rest = root, list(words)
     context = command.context_class(command, info_name="raysd")
     while hasattr(command, "commands"):
         name = rest.pop(0) if rest else ""

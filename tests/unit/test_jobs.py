@@ -73,7 +73,7 @@ def cluster(**values) -> Cluster:
 
 
 def parse(*words: str) -> command.Command:
-    return command_of(cli.app, words)
+    return command_of(typer.main.get_command(cli.app), words)
 
 
 # Ids
