@@ -15,7 +15,8 @@ from raysd.diffusion import add_noise, sample_posterior
 from raysd.methods import METHODS, TrainedModule
 from raysd.models import family_of
 from raysd.train.batches import Batches, Source
-from raysd.train.engine import AUTOCAST, Engine, build_engine
+from raysd.train.build import build_engine
+from raysd.train.engine import AUTOCAST, Engine
 from raysd.train.loop import training_steps
 
 ENDLESS = 10**9

@@ -1,7 +1,6 @@
 """What the loop trains through: one interface, and its plain-PyTorch form for one worker.
 
-`build_engine` takes plain torch for a single worker at ZeRO stage 0, where DeepSpeed would only cost its import,
-and DeepSpeed (`deepspeed_engine.py`) for the rest. Weights and optimiser state stay fp32 in both.
+`deepspeed_engine.py` is the other form, `build.py` chooses. Weights and optimiser state stay fp32 in both.
 """
 
 import math
@@ -78,22 +77,6 @@ class Engine(Protocol):
 
     def load_scalars(self, scalars: Mapping[str, float | int]) -> None:
         """Put them back, after `load_optimizer_state`."""
-
-
-def build_engine(module: nn.Module, spec: TrainingSpec, *, device: torch.device, rank: int, world: int) -> Engine:
-    """An engine round `module`, whose parameters are fp32 and hold the weights to start from. Collective.
-
-    With more than one rank the process group exists already. Raises SpecError for what cannot be done here.
-    """
-    if spec.scale.precision == "fp16" and device.type == "cpu":
-        raise SpecError("scale.precision fp16 needs a GPU: use bf16 or fp32")
-    _check_fp32(module)
-    module.to(device)
-    if world == 1 and spec.scale.zero_stage == 0:
-        return TorchEngine(module, spec, device=device)
-    from raysd.train.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(module, spec, device=device, rank=rank, world=world)
 
 
 def leave() -> None:
@@ -270,9 +253,3 @@ def _laid_out(value: Tensor, parameter: nn.Parameter) -> Any:
     if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
-
-
-def _check_fp32(module: nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
-            raise TrainingFailed(f"{name} is {parameter.dtype}: trained weights must be fp32")

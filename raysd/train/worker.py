@@ -25,9 +25,10 @@ from raysd.references import locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, validate
 from raysd.train.batches import Batches, Source
+from raysd.train.build import build_engine
 from raysd.train.checkpoint import Checkpoint, Progress
 from raysd.train.ema import Ema
-from raysd.train.engine import Engine, build_engine, leave
+from raysd.train.engine import Engine, leave
 from raysd.train.hang import HangWatch
 from raysd.train.link import Reporter
 from raysd.train.loop import ADVICE, StepRecord, Votes, training_steps

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from raysd.config.base import load
 from raysd.config.training import TrainingSpec
 from raysd.errors import SpecError, TrainingFailed
+from raysd.train.build import build_engine
 from raysd.train.ema import Ema, owners
-from raysd.train.engine import Engine, LossScale, TorchEngine, build_engine, clip_gradients
+from raysd.train.engine import Engine, LossScale, TorchEngine, clip_gradients
 from raysd.train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")
@@ -531,7 +532,8 @@ def test_a_process_trains_one_run_after_another():
     """As a search's trials of one worker do."""
     code = """
 import torch
-from raysd.train.engine import build_engine, leave
+from raysd.train.build import build_engine
+from raysd.train.engine import leave
 from tests.integration.test_engine import CPU, net, spec
 seen = []
 for stage in (2, 3, 0, 1, 2):
@@ -547,7 +549,7 @@ assert len(set(seen)) == 1, seen
 
 
 def test_one_worker_at_stage_0_needs_no_deepspeed():
-    code = "import sys, raysd.train.engine, raysd.train.ema; assert 'deepspeed' not in sys.modules"
+    code = "import sys, raysd.train.build, raysd.train.ema; assert 'deepspeed' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

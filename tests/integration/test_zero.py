@@ -26,9 +26,9 @@ from raysd.models import family_of
 from raysd.storage import Storage
 from raysd.train import checkpoint
 from raysd.train.batches import Batches, Item, Source, draw_randomness
+from raysd.train.build import build_engine
 from raysd.train.checkpoint import Progress
 from raysd.train.ema import Ema
-from raysd.train.engine import build_engine
 from raysd.train.loop import training_steps
 from raysd.train.validate import validation_loss
 from raysd.train.worker import load_weights

@@ -14,8 +14,8 @@ from raysd.errors import NotFound, StorageError
 from raysd.storage import Storage
 from raysd.storage.local import Local
 from raysd.train import checkpoint
+from raysd.train.build import build_engine
 from raysd.train.checkpoint import MANIFEST, Checkpoint, Progress, Saver
-from raysd.train.engine import build_engine
 
 SPEC = load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
 
