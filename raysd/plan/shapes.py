@@ -19,11 +19,9 @@ from raysd.errors import NotFound, RequestError
 from raysd.methods import METHODS, Batch, TrainedModule
 from raysd.models import Family, NoiseSchedule, family_of
 from raysd.storage import Storage
+from raysd.train.deepspeed_engine import PERSISTENT
 
 CONFIGURATIONS = ("model_index.json", "*/*.json", "*/*.txt")
-
-PERSISTENT = 10_000
-"""Parameters up to this many elements stay whole at ZeRO stage 3 (`deepspeed_engine.PERSISTENT`)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Counts:
     largest: int
     """Elements of the largest trained tensor."""
     small: int
-    """Bytes of tensors of at most `PERSISTENT` elements, trained or frozen."""
+    """Bytes of tensors of at most `PERSISTENT` elements, trained or frozen: they stay whole at ZeRO stage 3."""
     shapes: dict[str, torch.Size]
     """Of the trained tensors, by name."""
 

@@ -40,10 +40,6 @@ class Trace:
         """Most at once, gradients leaving as soon as they are whole."""
         return max(live for _, live in self.course)
 
-    def peak_with(self, held: Callable[[int], int]) -> int:
-        """Most at once with `held(bytes of gradients that are whole)` on top."""
-        return max(live + held(gradients) for gradients, live in self.course)
-
 
 def trace(folder: Path, spec: TrainingSpec, size: int, gpu: bool) -> Trace:
     """Run a micro-step of `size` pictures at `data.resolution` without allocating anything.
