@@ -43,12 +43,6 @@ class Variant:
         left, top = (width - side) * self.x, (height - side) * self.y
         return left, top, left + side, top + side
 
-    def crop_offset(self, width: int, height: int, resolution: int) -> tuple[int, int]:
-        """(top, left) of the crop in pixels of the resized (and flipped) picture, for SDXL's size conditioning."""
-        left, top, right, _ = self.box(width, height)
-        scale = resolution / (right - left)
-        return round(top * scale), round((width - right if self.flip else left) * scale)
-
 
 def variant(spec: AugmentSpec, example_id: str, index: int, seed: int) -> Variant:
     """The variant `index` of an example: 0 is the plain one, every second one is mirrored where `spec.flip` says so."""

@@ -19,7 +19,6 @@ from torch import Tensor
 from raysd.errors import StorageError
 from raysd.storage import Storage
 
-SHARD_BYTES = 64 * 2**20
 FRESH_SECONDS = 86_400.0
 """An index younger than this is never evicted; a use touches one again from half of it on."""
 
@@ -96,23 +95,6 @@ class TensorCache:
             if time.time() - self._modified[index] > FRESH_SECONDS / 2:
                 self.storage.write(index, self.storage.read(index))
                 self._modified[index] = time.time()
-
-
-class Writer:
-    """Collects records and writes a shard whenever enough have come together."""
-
-    def __init__(self, cache: TensorCache):
-        self.cache, self._held, self._bytes = cache, {}, 0  # type: TensorCache, dict[str, Tensor], int
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        self._held[key] = tensor
-        self._bytes += tensor.numel() * 4
-        if self._bytes >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        self.cache.write(self._held)
-        self._held, self._bytes = {}, 0
 
 
 def evict(storage: Storage, max_bytes: int, max_age: float) -> int:

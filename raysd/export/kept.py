@@ -22,7 +22,7 @@ from raysd import __version__
 from raysd.errors import AlreadyExists, ExportRefused, IntegrityError, NotFound, RequestError
 from raysd.export.precision import PRECISIONS
 from raysd.references import Located, identity, locate
-from raysd.registry.files import cache_folder, ensure, is_same
+from raysd.registry.files import cache_folder, ensure
 from raysd.registry.records import File, timestamp
 from raysd.storage import Storage, digest, sha256_of
 
@@ -177,19 +177,6 @@ def _count(watch: Watch, done: int, of: int) -> None:
     watch({"kind": "count", "text": "graphs", "done": done, "of": of})
 
 
-def opened(folder: Path) -> Export:
-    """The export that `write` left in a folder. Raises NotFound, IntegrityError naming a damaged file."""
-    try:
-        data = (folder / MANIFEST).read_bytes()
-    except FileNotFoundError:
-        raise NotFound(f"{folder}: no export: it has no {MANIFEST}") from None
-    manifest = _unpack(data, f"{folder}/{MANIFEST}", "export it again", None)
-    for file in _files(manifest):
-        if not is_same(folder / file.path, file):
-            raise IntegrityError(f"{folder}/{file.path}: is damaged or missing: export it again")
-    return Export(folder, manifest)
-
-
 def place_of(source: str, precision: str) -> str:
     """The folder below the storage's root of the export of the model with that digest."""
     if precision not in PRECISIONS:
@@ -197,11 +184,11 @@ def place_of(source: str, precision: str) -> str:
     return f"{ROOT}/{source}/{precision}"
 
 
-def _unpack(data: bytes, what: str, remedy: str, source: str | None) -> dict[str, Any]:
+def _unpack(data: bytes, what: str, remedy: str, source: str) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(data)
         check = manifest.pop("check")
-        whole = check == _check(manifest) and source in (None, manifest["source"])
+        whole = check == _check(manifest) and source == manifest["source"]
         # A name is one of ours, not a way out of the folder.
         if not whole or any("/" in file.path or "\\" in file.path or file.path[:1] == "." for file in _files(manifest)):
             raise ValueError("not what was written")

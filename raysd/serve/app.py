@@ -3,7 +3,6 @@
 Serve configs name `raysd.serve.app:build`, whose arguments are `raysd.config.serving.ServingSpec`.
 """
 
-import logging
 import os
 from typing import Any
 
@@ -15,7 +14,6 @@ from raysd.errors import NotFound, RequestError
 from raysd.serve.replica import Replica
 from raysd.serve.scaling import POLICY
 
-log = logging.getLogger(__name__)
 DRAIN = 300.0
 """Seconds that a replica or ingress has to finish what it has begun before it is ended."""
 UPSCALE, DOWNSCALE = 10.0, 180.0

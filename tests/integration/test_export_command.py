@@ -1,5 +1,6 @@
 """`raysd export --format onnx` with the bundled base and a LoRA version on it: minutes, most of them tracing."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from benchmarks.bases import lora_of
 from raysd.assets import asset
 from raysd.draw import Request, draw
-from raysd.export.kept import Export, kept, opened
+from raysd.export.kept import MANIFEST, Export, kept
 from raysd.references import Located, identity, locate
 from raysd.registry import Registry
 from raysd.serve.drawing import Drawing
@@ -28,6 +29,10 @@ def drawn(located: Located, export: Export) -> np.ndarray:
     while not sample.done:
         predictor.advance([sample], None)
     return np.asarray(predictor.pictures([sample.latents])[0], int)
+
+
+def written(folder: Path) -> Export:
+    return Export(folder, json.loads((folder / MANIFEST).read_text()))
 
 
 def pytorchs(located: Located) -> np.ndarray:
@@ -56,7 +61,7 @@ def test_what_serves_a_lora_version_is_kept_and_it_goes_merged_into_a_folder(
 
     done = raysd("export", version.ref, "--format", "onnx", "--out", str(tmp_path / "merged"), storage=store)
     assert done.returncode == 0, done.stderr
-    located, export = locate(version.ref, storage), opened(tmp_path / "merged")
+    located, export = locate(version.ref, storage), written(tmp_path / "merged")
     assert export.manifest["adapters"] == "merged"
     assert np.abs(drawn(located, export) - pytorchs(located)).max() <= 2
 
@@ -66,4 +71,4 @@ def test_what_serves_a_lora_version_is_kept_and_it_goes_merged_into_a_folder(
         done = raysd(*words, storage=store)
         assert done.returncode == 0, done.stderr
         bare = locate("tiny-sd", storage)
-        assert np.abs(drawn(bare, opened(folder)) - pytorchs(bare)).max() <= apart
+        assert np.abs(drawn(bare, written(folder)) - pytorchs(bare)).max() <= apart

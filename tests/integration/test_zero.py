@@ -204,17 +204,6 @@ def journey(base: Path, root: Path, stages: tuple[int, int]) -> list[float]:
     return before + run(base, root, override(SPEC, {"scale.zero_stage": stages[1]}), resume=True)
 
 
-def first_half(base: Path, root: Path, stage: int) -> list[float]:
-    return run(base, root, override(SPEC, {"scale.zero_stage": stage}), until=3)
-
-
-def second_half(base: Path, root: Path, stage: int) -> list[float]:
-    return run(base, root, override(SPEC, {"scale.zero_stage": stage}), resume=True)
-
-
-PLAIN_DROPOUT = {"method.dropout": 0.0}
-
-
 @pytest.mark.long
 def test_a_checkpoint_moves_between_stages_and_back(tiny_base, tmp_path):
     roots = [tmp_path / name for name in ("whole", "up", "down")]

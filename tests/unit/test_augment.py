@@ -92,13 +92,6 @@ def test_the_crop_is_the_box_that_the_variant_says():
     assert np.array_equal(as_picture(apply(photo(1, 128, 96), corner, 48)), np.asarray(photo(1, 128, 96))[48:, :48])
 
 
-def test_04_the_crop_offset_is_that_of_the_resized_and_flipped_picture():
-    shifted = Variant(x=1.0, y=0.25, keep=0.5)
-    assert shifted.crop_offset(200, 100, 50) == (12, 150)
-    assert replace(shifted, flip=True).crop_offset(200, 100, 50) == (12, 0)
-    assert Variant().crop_offset(512, 512, 512) == (0, 0)
-
-
 @pytest.mark.parametrize("turn", [Variant(rotation=45), Variant(rotation=-17.5), Variant(scale=0.5)])
 def test_rotation_and_reduction_show_no_black_corners(turn):
     white = apply(Image.new("RGB", (64, 64), "white"), turn, 64)

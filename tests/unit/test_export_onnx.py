@@ -25,12 +25,12 @@ from benchmarks.bases import lora_of
 from raysd.assets.make.tokenizer import LENGTH, build_tokenizer
 from raysd.config import load
 from raysd.config.serving import ModelSpec
-from raysd.errors import ExportRefused, IntegrityError, NotFound, RaysdError, RequestError
+from raysd.errors import ExportRefused, IntegrityError, RaysdError, RequestError
 from raysd.export import kept as keeping
 from raysd.export import onnx as exporting
 from raysd.export import runtime as running
 from raysd.export.gate import measure, pass_gate
-from raysd.export.kept import REFUSED, Export, base_of, digest_of, export_onnx, kept, make, opened, place_of, write
+from raysd.export.kept import REFUSED, Export, base_of, digest_of, export_onnx, kept, make, place_of, write
 from raysd.export.networks import Networks
 from raysd.export.precision import PRECISIONS
 from raysd.export.runtime import Runtime, usable_providers
@@ -342,19 +342,6 @@ def test_a_manifest_that_is_not_what_was_written_is_refused(
     path.write_text(json.dumps({**body, "check": check}))
     with pytest.raises(IntegrityError, match=r"fp32 export .*the manifest is damaged"):
         kept(copy, base, "fp32")
-
-
-def test_a_folder_that_was_exported_into_is_verified_when_it_is_opened(exported: Export, tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    shutil.copytree(exported.folder, folder)
-    with pytest.raises(NotFound, match=r"it has no manifest.json"):
-        opened(folder)
-    body = exported.manifest
-    (folder / "manifest.json").write_text(json.dumps({**body, "check": keeping._check(body)}))
-    assert opened(folder).manifest == body
-    flip(folder / "encoder.onnx")
-    with pytest.raises(IntegrityError, match=r"encoder.onnx: is damaged or missing"):
-        opened(folder)
 
 
 def test_the_later_of_two_makers_keeps_the_files_of_the_first(
