@@ -146,7 +146,7 @@ def _train(spec: TrainingSpec, name: str, as_json: bool) -> None:
 
 
 def _dry_run(spec: TrainingSpec, name: str, as_json: bool) -> None:
-    from raysd.train.launch import preview
+    from raysd.train.request import preview
 
     with Watcher(quiet=as_json) as watch:
         body = {"run": name, **preview(spec, name, open_storage(), watch)}

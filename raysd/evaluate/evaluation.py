@@ -27,7 +27,7 @@ from raysd.registry.records import timestamp
 from raysd.storage import Storage
 
 Watch = Callable[[dict[str, Any]], None]
-"""Told what happens: {"kind": "phase" | "notice" | "data" | "count", …}, as `raysd.train.launch`'s."""
+"""Told what happens: {"kind": "phase" | "notice" | "data" | "count", …}, as `raysd.train.follow`'s."""
 MOST_NEAREST = 16
 
 

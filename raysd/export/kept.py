@@ -29,7 +29,7 @@ from raysd.storage import Storage, digest, sha256_of
 ROOT, MANIFEST, REFUSED = "exports", "manifest.json", "refused.json"
 LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript")
 Watch = Callable[[dict[str, Any]], None]
-"""Told what happens: {"kind": "phase" | "count", …}, as `raysd.train.launch`'s."""
+"""Told what happens: {"kind": "phase" | "count", …}, as `raysd.train.follow`'s."""
 
 
 @dataclass(frozen=True)

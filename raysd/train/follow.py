@@ -19,6 +19,12 @@ WRITE_PERIOD = 5.0
 TRACKED = ("loss", "lr", "grad_norm", "slowest_rank", "slowest_lag")
 
 Watch = Callable[[dict[str, Any]], None]
+"""Told what happens: {"kind": "phase" | "count" | "start" | "step" | "validation" | "checkpoint" | "notice", ...}."""
+
+
+def tell(watch: Watch, notice: str | None) -> None:
+    if notice is not None:
+        watch({"kind": "notice", "text": notice})
 
 
 class Follower:

@@ -11,34 +11,24 @@ from typing import Any
 from raysd import cluster
 from raysd.cluster import PREEMPTION_WATCHER
 from raysd.config import TrainingSpec
-from raysd.config.training import ScaleSpec
-from raysd.data.dataset import prepare
-from raysd.data.source import public
-from raysd.errors import LeaseHeld, LeaseLost, NotFound, OutOfMemory, RaysdError, RequestError, TrainingFailed
+from raysd.errors import LeaseHeld, LeaseLost, OutOfMemory, RaysdError, RequestError, TrainingFailed
 from raysd.lease import Lease
 from raysd.methods import METHODS
-from raysd.plan.fit import check_dry, check_fit
+from raysd.plan.fit import check_fit
 from raysd.references import Located, identity, locate
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
 from raysd.train.checkpoint import Progress
 from raysd.train.encode import fill_latents, fill_text, is_filled, keeping_caches
-from raysd.train.follow import Follower
+from raysd.train.follow import Follower, Watch, tell
 from raysd.train.link import open_link
 from raysd.train.memory import killed_for_memory, memory_remedy
-from raysd.train.plan import Plan, base_of, make_plan, total_steps
+from raysd.train.plan import Plan, base_of, total_steps
 from raysd.train.publish import publish
+from raysd.train.request import check_devices, existing_run, plan_for
 from raysd.train.runs import LEASE, RunRecord
-from raysd.train.track import Trackers, require_trackers
+from raysd.train.track import Trackers
 from raysd.train.worker import Job, train_worker
-
-Watch = Callable[[dict[str, Any]], None]
-"""Told what happens: {"kind": "phase" | "count" | "start" | "step" | "validation" | "checkpoint" | "notice", ...}."""
-HOW = (
-    *("workers", "zero_stage", "offload", "gradient_checkpointing", "gpus", "cpus", "accelerator", "placement"),
-    *("hang_minutes", "restarts"),
-)
-"""Of `scale`: what may change between two attempts of one run."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +63,7 @@ def train(
     LeaseLost, OutOfMemory or TrainingFailed if it ends early.
     """
     run = runs.storage_of(root, name)
-    existing = _existing(root, name, spec)
+    existing = existing_run(root, name, spec)
     known = Plan.load(run) if existing else plan
     if existing is None or existing.training_spec().scale != spec.scale:
         check_devices(spec)
@@ -82,28 +72,13 @@ def train(
     root.require_swap()
     launch = Launch(spec, name, root, run, located, watch, asked, here)
     with launch.lease():
-        held = _existing(root, name, spec)
+        held = existing_run(root, name, spec)
         if (held and held.id) != (existing and existing.id):
             raise LeaseHeld(f"run {name}: another process had it meanwhile; give the command again")
         record = held or RunRecord(name, {})
         if record.status != "finished":
             record = replace(record, spec=spec.model_dump(mode="json"))
         return launch.run_all(record, new_plan)
-
-
-def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[str, Any]:
-    """What a run would do, everything checked and nothing trained."""
-    runs.storage_of(root, name)
-    check_devices(spec)
-    located = locate(spec.base, root)
-    plan = plan_for(spec, root, located, watch)
-    _tell(watch, check_dry(spec, located.folder))
-    return {
-        "base": located.ref,
-        "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
-        "steps": total_steps(spec, len(plan.train)),
-        "spec": runs.public_spec(spec.model_dump(mode="json")),
-    }
 
 
 class Launch:
@@ -171,7 +146,7 @@ class Launch:
         importing.start()
         cluster.join(self.spec.scale.most_workers)
         importing.join()
-        _tell(self.watch, check_fit(self.spec, self.located.folder))
+        tell(self.watch, check_fit(self.spec, self.located.folder))
         with keeping_caches(plan, self.root):
             self._fill_and_fit(plan, total)
 
@@ -184,7 +159,7 @@ class Launch:
         self.held.check()  # until now there was nobody to end
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
         self.link = open_link()
-        trackers = Trackers(self.run, self.name, self.spec, lambda text: _tell(self.watch, text))
+        trackers = Trackers(self.run, self.name, self.spec, lambda text: tell(self.watch, text))
         follower = Follower(self.run, self.link, trackers, self.watch, self._stop, self._holds)
         try:
             with _on_signals(self._interrupt):
@@ -299,11 +274,6 @@ class Launch:
         return True
 
 
-def _tell(watch: Watch, warning: str | None) -> None:
-    if warning is not None:
-        watch({"kind": "notice", "text": warning})
-
-
 def fill_caches(plan: Plan, root: Storage, spec: TrainingSpec, watch: Watch) -> None:
     """Compute the latents and text embeddings that the caches lack. Needs a cluster joined, and a base that it can find."""
 
@@ -313,65 +283,6 @@ def fill_caches(plan: Plan, root: Storage, spec: TrainingSpec, watch: Watch) -> 
     fill_latents(plan, root, spec, count)
     if not METHODS[spec.method.kind].trains_text(spec):
         fill_text(plan, root, spec, count)
-
-
-def _existing(root: Storage, name: str, spec: TrainingSpec) -> RunRecord | None:
-    """The run of that name, if there is one and it learns the same: on how many workers, and where, may change.
-
-    One of another spec that did no step is none: its request was wrong, or it was stopped before.
-    """
-    try:
-        record = runs.read(root, name)
-    except NotFound:
-        return None
-    if _learnt(record.training_spec()) != _learnt(spec):
-        if record.checkpoint is None and not runs.metrics(runs.storage_of(root, name)):
-            return None
-        asked = RunRecord(name, spec.model_dump(mode="json"))
-        changed = ", ".join(path for path, _, _ in runs.differences(record, asked) if not path.startswith("result."))
-        raise RequestError(
-            f"run {name} exists with other settings ({changed[:120]})\n"
-            f"choose another --name, or go on with it as it is: raysd runs resume {name}\n"
-            f"or remove it: raysd runs delete {name}"
-        )
-    return record
-
-
-def _learnt(spec: TrainingSpec) -> TrainingSpec:
-    """Without what changes how a run is computed and not what comes out, but for rounding."""
-    plain = {name: field.default for name, field in ScaleSpec.model_fields.items() if name in HOW}
-    return spec.model_copy(update={"scale": spec.scale.model_copy(update=plain)})
-
-
-def plan_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> Plan:
-    """Check the data and the base; nothing is written. Raises RequestError."""
-    _refuse_unfit(spec, located)
-    watch({"kind": "phase", "text": f"checking {public(spec.data.source)}"})
-
-    def count(done: int, of: int) -> None:
-        watch({"kind": "count", "text": "check pictures", "done": done, "of": of})
-
-    dataset = prepare(spec.data, root, count)
-    watch({"kind": "data", "report": dataset.report})
-    return make_plan(dataset, located, spec)
-
-
-def check_devices(spec: TrainingSpec) -> None:
-    """What only the cluster can tell: RAY_ADDRESS's, which is joined, else that of this machine. Raises RequestError."""
-    if os.environ.get("RAY_ADDRESS"):
-        cluster.join(spec.scale.most_workers)
-    if cluster.allot(spec.scale).gpus == 0 and spec.scale.precision == "fp16":
-        raise RequestError("scale.precision fp16 needs a GPU: use bf16 or fp32")
-
-
-def _refuse_unfit(spec: TrainingSpec, located: Located) -> None:
-    """What only the base and the packages installed can tell. Raises RequestError."""
-    require_trackers(spec)
-    if located.lora is not None:
-        raise RequestError(
-            f"base {spec.base}: holds an adapter, not a whole model; train from its base, or a full version"
-        )
-    METHODS[spec.method.kind].check(located.family, located.folder, spec)
 
 
 def _trainer(job: Job, run: Storage, name: str, here: bool) -> Any:

@@ -17,7 +17,7 @@ from ray.tune import Callback
 from raysd.config import SearchSpec
 from raysd.config.search import BudgetSpec
 from raysd.storage import Storage
-from raysd.train.launch import Watch
+from raysd.train.follow import Watch
 from raysd.train.memory import how_killed
 from raysd.tune import records
 from raysd.tune.records import cost_of

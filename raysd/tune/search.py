@@ -4,27 +4,28 @@ import os
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from raysd import cluster
 from raysd.config import SearchSpec, TrainingSpec, override
 from raysd.config.search import BudgetSpec
-from raysd.config.training import ScaleSpec
-from raysd.errors import LeaseLost, NotFound, RequestError, SpecError, TrainingFailed
+from raysd.errors import LeaseLost, NotFound, RequestError, TrainingFailed
 from raysd.evaluate.prompts import Prompt
 from raysd.lease import Lease
 from raysd.references import locate
 from raysd.registry import Version
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
-from raysd.train.launch import Watch, fill_caches, plan_for, train
+from raysd.train.follow import Watch
+from raysd.train.launch import fill_caches, train
 from raysd.train.plan import Plan, base_of, total_steps
 from raysd.train.publish import publish
+from raysd.train.request import plan_for
 from raysd.tune import records
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord
+from raysd.tune.room import Room, room_for, scales
 from raysd.tune.scoring import judges, prompts_of, reference, wanted
 from raysd.tune.space import check_choices, check_space, corners, grid_points, optuna_space, ray_space
 
@@ -94,46 +95,6 @@ def search(
         lease.release()
 
 
-@dataclass(frozen=True)
-class Room:
-    """How many trials run at once, and what each of their workers gets."""
-
-    trials: int
-    cpus: int
-    gpus: int
-
-
-def room_for(spec: SearchSpec, training: TrainingSpec) -> Room:
-    """Share out the cluster, as large as it may become, so that each trial that the space allows has room.
-
-    Raises RequestError if there is none for one of them.
-    """
-    rooms = [_room(spec, scale) for scale in scales(spec, training)]
-    return Room(min(room.trials for room in rooms), min(room.cpus for room in rooms), max(room.gpus for room in rooms))
-
-
-def scales(spec: SearchSpec, training: TrainingSpec) -> list[ScaleSpec]:
-    """What trials may ask of the cluster: the recipe's scale with each combination of the space's extremes."""
-    found = []
-    for changes in corners(spec, [path for path in spec.space if path.startswith("scale.")]):
-        with suppress(SpecError):  # only with other values of the space beside it
-            found.append(override(training.scale, {path.removeprefix("scale."): v for path, v in changes.items()}))
-    return found or [training.scale]
-
-
-def _room(spec: SearchSpec, scale: ScaleSpec) -> Room:
-    each = cluster.allot(scale)
-    most = cluster.capacity()
-    workers, asked = scale.most_workers, scale.cpus or 1
-    rooms = [int(most.get("CPU", 1)) // (workers * asked)]
-    if each.gpus:
-        rooms.append(int(most.get("GPU", 0)) // workers)
-    trials = min(spec.concurrent or max(1, min(rooms)), spec.trials)
-    if scale.cpus or each.gpus:
-        return Room(trials, each.cpus, each.gpus)
-    return Room(trials, max(1, int(most.get("CPU", 1)) // (workers * trials)), 0)
-
-
 class Driver:
     """A search while this process holds its lease."""
 
@@ -146,7 +107,7 @@ class Driver:
         store: Storage,
         plan: Plan,
         prompts: tuple[Prompt, ...],
-        room: "Room",
+        room: Room,
         watch: Watch,
         lost: threading.Event,
     ):
@@ -202,7 +163,7 @@ class Driver:
         return Outcome(self.record, found, self._best(found))
 
     def _tune_and_count(self) -> str:
-        """The same, its seconds added to the record's."""
+        """As `_tune`, with the seconds that it took added to the record's."""
         self.began, self.before = time.monotonic(), self.record.seconds
         self._settle(INTERRUPTED)  # trials of a driver that was killed run no more, and cost no more
         try:

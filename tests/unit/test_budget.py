@@ -17,7 +17,8 @@ from raysd.tune import search as searching
 from raysd.tune.follow import Budget, Progress, signals_given_back
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import SearchRecord, TrialRecord
-from raysd.tune.search import DRIVER_MEMORY, Driver, Room
+from raysd.tune.room import Room
+from raysd.tune.search import DRIVER_MEMORY, Driver
 from raysd.tune.space import key_of
 
 CHOICE = {"kind": "choice", "values": [2, 4, 8]}

@@ -15,11 +15,12 @@ from raysd.data.cache import FRESH_SECONDS, TensorCache
 from raysd.errors import LeaseHeld, LeaseLost, OutOfMemory, RequestError, TrainingFailed
 from raysd.lease import Lease
 from raysd.storage import Storage
-from raysd.train import encode, launch, runs, track
+from raysd.train import encode, launch, request, runs, track
 from raysd.train.follow import Follower
 from raysd.train.hang import EXIT
-from raysd.train.launch import Launch, preview, train
+from raysd.train.launch import Launch, train
 from raysd.train.link import Link, Reporter
+from raysd.train.request import existing_run, preview
 from raysd.train.runs import RunRecord
 from tests.base import toml
 from tests.versions import safetensors
@@ -83,11 +84,11 @@ def begun(root, spec, **changes):
 def test_a_run_that_did_no_step_leaves_its_name_to_other_settings(root, spec):
     record = begun(root, spec, status="failed")
     other = override(spec, {"optim.lr": 1e-5})
-    assert launch._existing(root, "run", spec).id == record.id
-    assert launch._existing(root, "run", other) is None
+    assert existing_run(root, "run", spec).id == record.id
+    assert existing_run(root, "run", other) is None
     runs.storage_of(root, "run").write("metrics.jsonl", b'{"step": 1, "loss": 0.5}\n')
     with pytest.raises(RequestError, match=r"other settings \(optim\.lr\)\n.*\n.*raysd runs delete run") as refused:
-        launch._existing(root, "run", other)
+        existing_run(root, "run", other)
     assert len(str(refused.value).splitlines()) == 3
 
 
@@ -95,7 +96,7 @@ def test_a_run_goes_on_with_other_workers_and_with_no_other_arithmetic(root, spe
     record = begun(root, spec, status="interrupted")
     runs.storage_of(root, "run").write("metrics.jsonl", b'{"step": 1, "loss": 0.5}\n')
     with pytest.raises(RequestError, match=r"other settings \(scale\.precision\)"):
-        launch._existing(root, "run", override(spec, {"scale.precision": "bf16"}))
+        existing_run(root, "run", override(spec, {"scale.precision": "bf16"}))
     seen = []
     monkeypatch.setattr(launch, "check_devices", seen.append)
     monkeypatch.setattr(launch.Plan, "load", lambda run: SimpleNamespace(base=""))
@@ -115,7 +116,7 @@ def test_a_run_that_another_process_began_meanwhile_is_not_taken_for_new(root, s
 
 def test_a_run_goes_on_as_it_is_once_its_lease_is_held(root, spec, monkeypatch):
     begun(root, spec, status="finished")
-    real, reads = launch._existing, []
+    real, reads = existing_run, []
 
     def existing(*arguments):
         reads.append(real(*arguments))
@@ -123,7 +124,7 @@ def test_a_run_goes_on_as_it_is_once_its_lease_is_held(root, spec, monkeypatch):
             runs.write(runs.storage_of(root, "run"), runs.replace(reads[0], version="cats@1"))
         return reads[-1]
 
-    monkeypatch.setattr(launch, "_existing", existing)
+    monkeypatch.setattr(launch, "existing_run", existing)
     monkeypatch.setattr(launch.Plan, "load", lambda run: SimpleNamespace(base=""))
     monkeypatch.setattr(Launch, "run_all", lambda self, record, plan: record)
     assert train(spec, "run", root, quiet).version == "cats@1"
@@ -150,9 +151,9 @@ def test_secrets_of_urls_stay_in_the_record(root, spec, monkeypatch):
     asked = override(spec, {"data.source": SECRET, "track.mlflow": "https://user:word@mlflow.test"})
     record = begun(root, asked)
     said = []
-    monkeypatch.setattr(launch, "_refuse_unfit", lambda *_: None)
-    monkeypatch.setattr(launch, "prepare", lambda *_: SimpleNamespace(report=None, train=[], validation=[]))
-    monkeypatch.setattr(launch, "make_plan", lambda *_: SimpleNamespace(train=[1], validation=[]))
+    monkeypatch.setattr(request, "_refuse_unfit", lambda *_: None)
+    monkeypatch.setattr(request, "prepare", lambda *_: SimpleNamespace(report=None, train=[], validation=[]))
+    monkeypatch.setattr(request, "make_plan", lambda *_: SimpleNamespace(train=[1], validation=[]))
     body = preview(asked, "run", root, said.append)
     from raysd.train.publish import _lineage
 

@@ -13,7 +13,8 @@ from raysd.errors import NotFound, RaysdError, RequestError, SpecError
 from raysd.storage import Storage
 from raysd.tune import records, report
 from raysd.tune.records import SearchRecord, TrialRecord
-from raysd.tune.search import Room, room_for, search
+from raysd.tune.room import Room, room_for
+from raysd.tune.search import search
 from raysd.tune.space import check_choices, check_space, key_of
 from tests.cluster import raysd
 
