@@ -49,31 +49,31 @@ def fill(spec, root):
     return encode.fill_latents(plan, root, spec, nothing), encode.fill_text(plan, root, spec, nothing)
 
 
-def test_06_a_second_run_encodes_nothing_whatever_its_learning_rate(world):
+def test_a_second_run_encodes_nothing_whatever_its_learning_rate(world):
     spec, root, _ = world
     assert fill(override(spec, {"optim.lr": 1.0, "method.kind": "full", "optim.batch_size": 2}), root) == (0, 0)
 
 
-def test_06_an_edited_caption_recomputes_its_text_alone(world):
+def test_an_edited_caption_recomputes_its_text_alone(world):
     spec, root, folder = world
     (folder / "3.txt").write_text("something else")
     assert fill(spec, root) == (0, 1)
 
 
-def test_06_an_edited_picture_recomputes_its_latents_alone(world):
+def test_an_edited_picture_recomputes_its_latents_alone(world):
     spec, root, folder = world
     photo(99, 72).save(folder / "3.png")
     assert fill(spec, root) == (2, 0)
 
 
-def test_06_crop_and_resolution_are_in_the_key(world):
+def test_crop_and_resolution_are_in_the_key(world):
     spec, root, _ = world
     assert fill(override(spec, {"data.resolution": 32}), root)[0] == 12
     # the plain variant is the same whatever the others do
     assert fill(override(spec, {"data.augment.crop": 0.3}), root)[0] == 6
 
 
-def test_07_what_is_kept_are_mean_and_log_variance(world, tiny_base):
+def test_what_is_kept_are_mean_and_log_variance(world, tiny_base):
     from diffusers import AutoencoderKL
 
     from raysd.data.augment import apply, variant
@@ -95,7 +95,7 @@ def test_07_what_is_kept_are_mean_and_log_variance(world, tiny_base):
             assert torch.allclose(log_variance, distribution.logvar[0], atol=1e-4)
 
 
-def test_07_what_ray_data_encodes_is_what_one_process_encodes(world, ray_address, tmp_path, monkeypatch):
+def test_what_ray_data_encodes_is_what_one_process_encodes(world, ray_address, tmp_path, monkeypatch):
     """The same pictures and captions into a second store, as a large data set's: shards of several workers."""
 
     def not_here(*arguments):
@@ -116,7 +116,7 @@ def test_07_what_ray_data_encodes_is_what_one_process_encodes(world, ray_address
         assert not torch.allclose(expected[0], expected[1], rtol=1e-2, atol=1e-3), "one row is told from another"
 
 
-def test_03_each_latent_keeps_its_own_caption_after_shuffling(world):
+def test_each_latent_keeps_its_own_caption_after_shuffling(world):
     spec, root, _ = world
     plan = plan_of(spec, root)
     latents, text = TensorCache(root.child(plan.latents)).refresh(), TensorCache(root.child(plan.text)).refresh()
@@ -152,7 +152,7 @@ def test_the_thread_that_reads_ahead_has_no_pool_of_threads(world):
         torch.set_num_threads(before)
 
 
-def test_05_caption_dropout_is_drawn_each_step(world):
+def test_caption_dropout_is_drawn_each_step(world):
     spec, root, _ = world
     spec = override(spec, {"loss.caption_dropout": 0.5, "optim.batch_size": 6})
     plan = plan_of(spec, root)
@@ -166,7 +166,7 @@ def test_05_caption_dropout_is_drawn_each_step(world):
     assert 0.35 < sum(map(sum, dropped)) / 240 < 0.65
 
 
-def test_09_samples_have_noise_of_their_own_on_every_rank_and_the_same_at_every_world_size(world):
+def test_samples_have_noise_of_their_own_on_every_rank_and_the_same_at_every_world_size(world):
     spec, root, _ = world
     spec = override(spec, {"optim.batch_size": 6})
     plan = plan_of(spec, root)
@@ -187,7 +187,7 @@ def test_09_samples_have_noise_of_their_own_on_every_rank_and_the_same_at_every_
     assert torch.equal(noise(3), alone)
 
 
-def test_08_an_autoencoder_that_gives_nan_is_said_and_nothing_of_it_is_kept(tiny_base, tmp_path):
+def test_an_autoencoder_that_gives_nan_is_said_and_nothing_of_it_is_kept(tiny_base, tmp_path):
     """SDXL's does in fp16: latents that are no numbers would train the denoiser to draw none."""
     spec = load(
         TrainingSpec, {"base": str(tiny_base), "data": {"source": "x", "resolution": 64}, "optim": {"steps": 1}}

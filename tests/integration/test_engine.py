@@ -415,7 +415,7 @@ def test_fp16_scales_the_loss_and_unscales_the_gradients(results, expected, worl
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", [0, 2, 3, "offload"])
-def test_11_the_moving_average_is_gathered_shown_and_taken_away(results, world, stage):
+def test_the_moving_average_is_gathered_shown_and_taken_away(results, world, stage):
     run = results[world]["ema", stage]
     alone = results[world]["offload", 3] if stage == "offload" else results[world][stage, "fp32"]
     for name, value in run["by hand"].items():

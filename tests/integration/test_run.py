@@ -71,7 +71,7 @@ def test_another_spec_under_the_same_name_is_refused(finished):
     assert len(done.stderr.strip().splitlines()) <= 3
 
 
-def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
+def test_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
     """The true alpha (6, at rank 2) is in the file, and no dropout: diffusers, given nothing else, draws the same."""
     from diffusers import StableDiffusionPipeline
 
@@ -94,7 +94,7 @@ def test_13_the_lora_file_draws_the_same_in_plain_diffusers(finished, tmp_path):
     assert (drawn - without).abs().float().mean() > 1
 
 
-def test_13_the_kohya_file_carries_the_true_alpha_and_draws_the_same(finished, tmp_path):
+def test_the_kohya_file_carries_the_true_alpha_and_draws_the_same(finished, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     store, _, _ = finished
@@ -113,7 +113,7 @@ def test_13_the_kohya_file_carries_the_true_alpha_and_draws_the_same(finished, t
     assert (drawn - read).abs().max() <= 1
 
 
-def test_12_saved_names_carry_no_module_prefix(finished):
+def test_saved_names_carry_no_module_prefix(finished):
     from safetensors import safe_open
 
     store, _, _ = finished

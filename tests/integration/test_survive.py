@@ -91,7 +91,7 @@ def assert_as_undisturbed(store: Path, undisturbed: tuple[dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.long), pytest.param(8, marks=pytest.mark.soak)])
-def test_10_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray_address, undisturbed, tmp_path, step):
+def test_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray_address, undisturbed, tmp_path, step):
     process = start("train", str(path), "--name", "run", storage=tmp_path, address=ray_address)
     wait_until(reached(tmp_path, step), process)
     process.kill()
@@ -106,7 +106,7 @@ def test_10_a_driver_killed_and_started_again_ends_in_the_same_weights(path, ray
 
 
 @pytest.mark.parametrize("step", [pytest.param(4, marks=pytest.mark.soak), 10])
-def test_10_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
+def test_a_worker_killed_is_replaced_and_the_run_ends_in_the_same_weights(
     path, ray_address, undisturbed, tmp_path, step
 ):
     process = start("train", str(path), "--name", "run", "--json", storage=tmp_path, address=ray_address)

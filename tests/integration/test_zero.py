@@ -190,7 +190,7 @@ def test_every_stage_gives_the_losses_of_a_plain_loop(tiny_base, tmp_path, world
         assert losses == pytest.approx(wanted, rel=2e-5), f"stage {stage}"
 
 
-def test_18_accumulation_is_normalised_over_the_global_batch(tiny_base, tmp_path):
+def test_accumulation_is_normalised_over_the_global_batch(tiny_base, tmp_path):
     changes = {**LORA_PLAIN, "optim.batch_size": 7, "scale.zero_stage": 2}
     data(tmp_path)
     wanted = plain_loop(tiny_base, tmp_path, override(SPEC, changes))
@@ -250,7 +250,7 @@ def until_killed(base: Path, root: Path, spec: TrainingSpec) -> list[float]:
 @pytest.mark.parametrize(
     ("world", "stage"), [pytest.param(1, 0, marks=pytest.mark.long), pytest.param(2, 2, marks=pytest.mark.long), (2, 3)]
 )
-def test_20_killed_while_writing_a_checkpoint_it_ends_in_the_same_weights(tiny_base, tmp_path, world, stage):
+def test_killed_while_writing_a_checkpoint_it_ends_in_the_same_weights(tiny_base, tmp_path, world, stage):
     spec = override(SPEC, {"scale.zero_stage": stage})
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     data(whole), data(killed)

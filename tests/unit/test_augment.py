@@ -36,7 +36,7 @@ def test_a_variant_depends_on_seed_picture_and_index_alone():
     assert json.loads(variant(RICH, "a", 1, 0).to_json())["keep"] == variant(RICH, "a", 1, 0).keep
 
 
-def test_06_the_numbers_of_a_variant_are_fixed():
+def test_the_numbers_of_a_variant_are_fixed():
     """They are part of the cache's key: a change here makes every cache worthless, and needs a reason."""
     assert variant(RICH, "0" * 64, 1, 0).to_json() == GOLDEN
 

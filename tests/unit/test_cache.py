@@ -23,7 +23,7 @@ def storage(tmp_path):
     return Storage(str(tmp_path))
 
 
-def test_03_tensors_come_back_under_their_own_keys_in_any_order(storage):
+def test_tensors_come_back_under_their_own_keys_in_any_order(storage):
     records = {f"key{n}": torch.full((2, n + 1), float(n)) for n in range(9)}
     cache = TensorCache(storage.child("cache/latents/space"))
     cache.write({key: records[key] for key in list(records)[:4]})

@@ -265,7 +265,7 @@ def test_diversity_is_the_effective_share_of_different_pictures(tmp_path):
 # --- captions
 
 
-def test_19_missing_captions_are_refused_with_names_and_remedy(tmp_path):
+def test_missing_captions_are_refused_with_names_and_remedy(tmp_path):
     folder(tmp_path, 6)
     (tmp_path / "p1.txt").unlink()
     (tmp_path / "p4.txt").write_text("  \n")
@@ -274,7 +274,7 @@ def test_19_missing_captions_are_refused_with_names_and_remedy(tmp_path):
     assert "data.prompt" in report.refusals[0]
 
 
-def test_19_a_prompt_fills_in_and_is_counted(tmp_path):
+def test_a_prompt_fills_in_and_is_counted(tmp_path):
     folder(tmp_path, 6)
     (tmp_path / "p1.txt").unlink()
     templated = run(tmp_path, prompt="art of sks, {caption}")

@@ -135,7 +135,7 @@ def test_many_wrong_fields_are_three_lines(spec):
     assert len(str(raised.value).splitlines()) == 3
 
 
-def test_21_optimisers_that_look_at_shapes_are_refused_under_zero(spec):
+def test_optimisers_that_look_at_shapes_are_refused_under_zero(spec):
     for kind in ("adafactor", "prodigy", "adamw8bit"):
         assert override(spec, {"optim.kind": kind}).optim.kind == kind
         for stage in (1, 2, 3):

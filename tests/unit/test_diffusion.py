@@ -41,7 +41,7 @@ def test_snr_equals_diffusers(scheduler, batch):
     )
 
 
-def test_01_min_snr_weights_by_hand():
+def test_min_snr_weights_by_hand():
     ratio = torch.tensor([0.0, 0.5, 5.0, 50.0])
     assert torch.allclose(diffusion.min_snr_weights("epsilon", ratio, 5.0), torch.tensor([1.0, 1.0, 1.0, 0.1]))
     by_hand = torch.tensor([0.0, 0.5 / 1.5, 5 / 6, 5 / 51])
@@ -49,12 +49,12 @@ def test_01_min_snr_weights_by_hand():
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0])
-def test_01_min_snr_refuses_gamma_that_is_not_positive(gamma):
+def test_min_snr_refuses_gamma_that_is_not_positive(gamma):
     with pytest.raises(ValueError, match="gamma"):
         diffusion.min_snr_weights("epsilon", torch.ones(1), gamma)
 
 
-def test_07_the_posterior_is_sampled_from_mean_and_log_variance():
+def test_the_posterior_is_sampled_from_mean_and_log_variance():
     mean, log_variance = torch.full((1, 2, 1, 1), 3.0), torch.full((1, 2, 1, 1), 2.0).log() * 2
     moments = torch.cat([mean, log_variance], dim=1)
     eps = torch.tensor([1.0, -1.0]).reshape(1, 2, 1, 1)

@@ -10,7 +10,7 @@ from raysd.data.sampler import Sampler, share
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 17), st.integers(0, 99))
-def test_10_each_epoch_holds_every_example_once(length, batch_size, seed):
+def test_each_epoch_holds_every_example_once(length, batch_size, seed):
     sampler = Sampler(length, batch_size, seed)
     steps = -(-3 * length // batch_size)
     drawn = [draw.example for step in range(steps) for draw in sampler.batch(step)]
@@ -18,7 +18,7 @@ def test_10_each_epoch_holds_every_example_once(length, batch_size, seed):
         assert Counter(drawn[epoch * length : (epoch + 1) * length]) == Counter(range(length))
 
 
-def test_10_a_resumed_sampler_goes_on_where_the_other_stopped():
+def test_a_resumed_sampler_goes_on_where_the_other_stopped():
     whole = [Sampler(7, 3, seed=1).batch(step) for step in range(20)]
     assert [Sampler(7, 3, seed=1).batch(step) for step in range(11, 20)] == whole[11:]
 
@@ -43,7 +43,7 @@ def test_weights_even_out_how_often_examples_are_drawn():
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 33), st.integers(1, 8), st.one_of(st.none(), st.integers(1, 9)))
-def test_17_ranks_share_a_batch_whole_in_equally_many_micro_steps(batch_size, world, micro_batch):
+def test_ranks_share_a_batch_whole_in_equally_many_micro_steps(batch_size, world, micro_batch):
     world = min(world, batch_size)
     batch = Sampler(50, batch_size, seed=0).batch(3)
     parts = [share(batch, rank, world, micro_batch) for rank in range(world)]

@@ -260,7 +260,7 @@ def test_a_damaged_picture_is_a_data_error_with_its_path(tmp_path, body):
 # --- captions
 
 
-def test_19_text_and_caption_files_are_both_read(tmp_path, uploads):
+def test_text_and_caption_files_are_both_read(tmp_path, uploads):
     folder(tmp_path, 3, captions=False)
     (tmp_path / "p0.txt").write_text("from txt\n")
     (tmp_path / "p1.caption").write_text("from\n caption")
@@ -308,7 +308,7 @@ def test_names_match_in_either_unicode_form(tmp_path, uploads):
         ("p0.txt", "x" * 70_000, "larger than 64 KiB"),
     ],
 )
-def test_19_a_broken_or_ambiguous_caption_is_named(tmp_path, uploads, name, text, said):
+def test_a_broken_or_ambiguous_caption_is_named(tmp_path, uploads, name, text, said):
     folder(tmp_path, 1, captions=False)
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=said) as caught:
@@ -316,7 +316,7 @@ def test_19_a_broken_or_ambiguous_caption_is_named(tmp_path, uploads, name, text
     assert str(caught.value).count("\n") < 3
 
 
-def test_19_two_sources_that_disagree_are_an_error_and_that_agree_are_not(tmp_path, uploads):
+def test_two_sources_that_disagree_are_an_error_and_that_agree_are_not(tmp_path, uploads):
     folder(tmp_path, 1)
     (tmp_path / "p0.caption").write_text("a photo number 0 ")
     assert opened(tmp_path, uploads) == {"p0.png": "a photo number 0"}

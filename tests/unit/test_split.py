@@ -97,7 +97,7 @@ def test_the_digest_holds_captions_and_split(tmp_path, change):
     assert prepared(root, tmp_path).digest != prepared(root, tmp_path, **change).digest
 
 
-def test_06_the_digest_holds_content_and_not_resolution(tmp_path):
+def test_the_digest_holds_content_and_not_resolution(tmp_path):
     root = folder(tmp_path / "set", 8)
     before = prepared(root, tmp_path)
     assert prepared(root, tmp_path, force=True).digest == before.digest
