@@ -5,8 +5,8 @@ So are Serve configs. And the commands in them, parsed as the command line does.
 
 import copy
 import functools
+import gzip
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 K8S = ROOT / "k8s"
 FILES = sorted(K8S.rglob("*.yaml"))
 FOLDERS = sorted(path.parent for path in FILES if path.name == "kustomization.yaml")
+DEFINITIONS = ROOT / "tests" / "kuberay-crds"
 KUBERNETES = "1.34"
 # The package reads its definitions, a megabyte, for each resource.
 kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
@@ -97,12 +98,6 @@ def _read(path: Path) -> list[Any]:
     return [document for document in yaml.load_all(path.read_text(), yaml.CSafeLoader) if document]
 
 
-def crds() -> Path | None:
-    """The folder with KubeRay's definitions, if there is one."""
-    folder = Path(os.environ.get("KUBERAY_CRDS") or ROOT / "../shared/kuberay-crds")
-    return folder if any(folder.glob("ray.io_*.yaml")) else None
-
-
 def closed(shape: Any) -> Any:
     """A JSON schema without room for other fields, from types, lists of one shape, and fields by name."""
     if isinstance(shape, tuple):
@@ -132,12 +127,9 @@ def _close(schema: Any) -> Any:
 
 @functools.cache
 def ray_schema(kind: str) -> Any:
-    """The closed schema of one of KubeRay's kinds, version v1. None where there is no definition at hand."""
-    folder = crds()
-    if folder is None:
-        return None
-    text = (folder / f"ray.io_{kind.lower()}s.yaml").read_text()
-    definition = yaml.load(text, yaml.CSafeLoader)
+    """The closed schema of one of KubeRay's kinds, version v1."""
+    packed = (DEFINITIONS / f"ray.io_{kind.lower()}s.yaml.gz").read_bytes()
+    definition = yaml.load(gzip.decompress(packed), yaml.CSafeLoader)
     (version,) = [found for found in definition["spec"]["versions"] if found["name"] == "v1"]
     schema = _close(version["schema"]["openAPIV3Schema"])
     schema["properties"]["metadata"] = closed(METADATA)
@@ -145,14 +137,13 @@ def ray_schema(kind: str) -> Any:
 
 
 @functools.cache
-def _validator(kind: str) -> jsonschema.Draft202012Validator | None:
+def _validator(kind: str) -> jsonschema.Draft202012Validator:
     if kind == "Kustomization":
         return jsonschema.Draft202012Validator(closed(KUSTOMIZATION))
     if kind in SPECS:
         fields = {"apiVersion": str, "kind": str, "metadata": METADATA, "spec": SPECS[kind]}
         return jsonschema.Draft202012Validator(closed(fields) | {"required": list(fields)})
-    schema = ray_schema(kind)
-    return schema and jsonschema.Draft202012Validator(schema)
+    return jsonschema.Draft202012Validator(ray_schema(kind))
 
 
 def is_ray(document: Document) -> bool:
@@ -160,10 +151,7 @@ def is_ray(document: Document) -> bool:
 
 
 def faults(document: Document, whole: bool = True) -> list[str]:
-    """What the schema of its kind finds wrong; in a patch, which is not whole, nothing is missed.
-
-    Nothing is known of Ray's kinds where their definitions are missing.
-    """
+    """What the schema of its kind finds wrong; in a patch, which is not whole, nothing is missed."""
     kind = document["kind"]
     if not is_ray(document) and kind not in (*SPECS, "Kustomization"):
         try:
@@ -173,9 +161,7 @@ def faults(document: Document, whole: bool = True) -> list[str]:
         return []
     expected = "ray.io/v1" if is_ray(document) else VERSIONS.get(kind)
     wrong = [f"apiVersion {document['apiVersion']}"] if expected and document["apiVersion"] != expected else []
-    validator = _validator(kind)
-    found = list(validator.iter_errors(document)) if validator else []
-    found = [error for error in found if whole or error.validator != "required"]
+    found = [error for error in _validator(kind).iter_errors(document) if whole or error.validator != "required"]
     return wrong + [f"{'.'.join(map(str, error.absolute_path))}: {error.message[:200]}" for error in found]
 
 

@@ -27,7 +27,6 @@ from tests.manifests import (
     Document,
     build,
     closed,
-    crds,
     faults,
     is_ray,
     kubectl_is_new,
@@ -114,15 +113,9 @@ def faults_of(path: Path, documents: list[Any]) -> list[str]:
     return [fault for document in documents for fault in faults(document, whole=path not in patches())]
 
 
-def known(path: Path) -> bool:
-    return crds() is not None or not any(isinstance(d, dict) and is_ray(d) for d in read(path))
-
-
 def test_each_file_is_right(path: Path) -> None:
     assert faults_of(path, read(path)) == []
     assert read(path), "empty"
-    if not known(path):
-        pytest.skip("no KubeRay definitions: set KUBERAY_CRDS to their folder")
 
 
 def misspelt(documents: list[Any]) -> Iterator[tuple[str, Any]]:
@@ -147,8 +140,6 @@ def _fields(node: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def test_a_misspelt_field_is_found_in_each_file(path: Path) -> None:
-    if not known(path):
-        pytest.skip("no KubeRay definitions: set KUBERAY_CRDS to their folder")
     tried = 0
     for name, wrong in misspelt(read(path)):
         assert faults_of(path, [wrong]), f"{name}x is taken"
@@ -725,11 +716,3 @@ def test_operations_are_closed() -> None:
             shape = closed([{"op": str, "path": str}])
             bare = [{key: value for key, value in operation.items() if key != "value"} for operation in documents[0]]
             jsonschema.validate(bare, shape)
-
-
-def test_the_definitions_are_those_that_the_environment_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBERAY_CRDS", str(tmp_path))
-    assert crds() is None
-    (tmp_path / "ray.io_rayclusters.yaml").write_text("")
-    assert crds() == tmp_path
-    assert os.environ["KUBERAY_CRDS"]
