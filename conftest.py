@@ -3,4 +3,12 @@
 from raysd.quiet import quiet_libraries
 
 quiet_libraries()
-pytest_plugins = ["tests.base", "tests.browser", "tests.cluster", "tests.postgres", "tests.records", "tests.soaks"]
+pytest_plugins = [
+    "tests.base",
+    "tests.browser",
+    "tests.cluster",
+    "tests.postgres",
+    "tests.records",
+    "tests.service",
+    "tests.soaks",
+]

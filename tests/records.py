@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -58,7 +59,17 @@ def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def records_database(migrated: Forgetful) -> Forgetful:
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return Storage(str(tmp_path / "store"))
+
+
+@pytest.fixture
+def database(migrated: Forgetful) -> Forgetful:
     """A database of each kind, empty."""
     with migrated.writing() as session:
         for table in reversed(Base.metadata.sorted_tables):

@@ -25,13 +25,6 @@ from tests.serving import SIDE, listening, parts
 FAST = {"model": "cats", "num_inference_steps": 1}
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = parts(tmp_path_factory.mktemp("service"))
-    with listening(service) as url:
-        yield service, url
-
-
 @pytest.fixture
 def client(service):
     return Client(service[1])

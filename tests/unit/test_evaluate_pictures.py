@@ -13,18 +13,12 @@ from raysd.evaluate import pictures
 from raysd.evaluate.pictures import Album, Crew, Painter, crew, draw_album, takes_ray
 from raysd.evaluate.prompts import BUNDLED, Prompt, read_prompts
 from raysd.references import locate
-from raysd.storage import Storage
 
 PROMPTS = (Prompt("a red circle"), Prompt("a star", "blue"), Prompt("a ring"))
 
 
 def spec(**fields):
     return EvaluationSpec(**{"count": 5, "steps": 2, "batch": 2, "workers": 0, **fields})
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "store"))
 
 
 @pytest.fixture

@@ -25,25 +25,10 @@ from raysd.feedback.tables import FeedbackRow
 from raysd.feedback.wire import Feedback
 from raysd.serve.queue import Queue
 from raysd.storage import Storage
-from tests.records import Clock, drawn, new, png
+from tests.records import drawn, new, png
 
 ID = "a" * 26 + "-0"
 OTHER = "b" * 26 + "-0"
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def database(records_database):
-    return records_database
 
 
 @pytest.fixture

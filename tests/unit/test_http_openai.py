@@ -6,7 +6,6 @@ import functools
 import io
 import itertools
 import threading
-import time
 import typing
 
 import httpx
@@ -19,15 +18,9 @@ from openai.types.image_generate_params import ImageGenerateParamsNonStreaming
 from PIL import Image
 
 from tests.serving import CATS, SIDE, TINY, listening, parts
+from tests.waiting import until
 
 FAST = {"num_inference_steps": 2}
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = parts(tmp_path_factory.mktemp("service"))
-    with listening(service) as url:
-        yield service, url
 
 
 @pytest.fixture
@@ -365,9 +358,9 @@ def test_a_client_that_goes_away_stops_the_drawing_unless_it_may_come_back(servi
     assert begun.wait(60)
     (prediction,) = [p for p in service[0].queue.find(None, None, 1)]
     if how != "key":
-        wait_until(lambda: service[0].queue.get(prediction.id).cancel_requested)
+        until(lambda: service[0].queue.get(prediction.id).cancel_requested)
     go_on.set()
-    wait_until(lambda: service[0].queue.get(prediction.id).ended)
+    until(lambda: service[0].queue.get(prediction.id).ended)
     assert service[0].queue.get(prediction.id).status == ("succeeded" if how == "key" else "canceled")
 
 
@@ -386,17 +379,10 @@ def test_a_request_that_is_cancelled_stops_the_drawing(tmp_path, stream):
             asking.cancel()
             await asyncio.gather(asking, return_exceptions=True)
         (prediction,) = service.queue.find(None, None, 1)
-        await asyncio.to_thread(wait_until, lambda: service.queue.get(prediction.id).cancel_requested)
+        await asyncio.to_thread(until, lambda: service.queue.get(prediction.id).cancel_requested)
         go_on.set()
         last = await service.desk.wait(prediction.id, 60)
         await service.desk.close()
         return last.status
 
     assert asyncio.run(cancelled()) == "canceled"
-
-
-def wait_until(happened):
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)

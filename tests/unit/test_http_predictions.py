@@ -18,16 +18,9 @@ from raysd.serve.http.application import secret_in
 from raysd.serve.http.links import user_digest
 from raysd.serve.http.wire import Input, drawing
 from raysd.serve.queue import Queue
-from tests.serving import CATS, DIGESTS, SIDE, listening, parts
+from tests.serving import CATS, DIGESTS, SIDE
 
 FAST = {"prompt": "a red circle", "num_inference_steps": 2, "seed": 5}
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = parts(tmp_path_factory.mktemp("service"))
-    with listening(service) as url:
-        yield service, url
 
 
 @pytest.fixture

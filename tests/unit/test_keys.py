@@ -23,16 +23,11 @@ class Counted(Keys):
 
 
 @pytest.fixture
-def clock():
-    return Clock()
+def keys(database, clock):
+    return Counted(database, clock=clock)
 
 
-@pytest.fixture
-def keys(records_database, clock):
-    return Counted(records_database, clock=clock)
-
-
-def test_a_key_is_made_found_and_checked(keys, clock, records_database):
+def test_a_key_is_made_found_and_checked(keys, clock, database):
     limits = Limits(requests_per_minute=60, in_flight=4)
     key, secret = keys.create("Anna's site", ["feedback", "generate"], limits)
     assert (key.owner, key.roles, key.limits) == ("Anna's site", ("generate", "feedback"), limits)
@@ -41,7 +36,7 @@ def test_a_key_is_made_found_and_checked(keys, clock, records_database):
     assert len(secret) == len("raysd_") + 43, "256 bits"
     assert keys.list() == [key]
     assert Checker(keys).check(secret) == key
-    with records_database.reading() as session:
+    with database.reading() as session:
         kept = str(vars(session.get(KeyRow, key.id)))
     assert secret not in kept
     assert secret.removeprefix("raysd_") not in kept
@@ -126,8 +121,8 @@ def test_what_is_no_key_is_refused(keys, owner, roles, limits, message):
     assert keys.list() == []
 
 
-def test_a_lost_answer_to_a_creation_makes_one_key(keys, records_database):
-    records_database.lose = True
+def test_a_lost_answer_to_a_creation_makes_one_key(keys, database):
+    database.lose = True
     key, secret = keys.create("anna", ["generate"])
     assert keys.list() == [key]
     assert Checker(keys).check(secret) == key

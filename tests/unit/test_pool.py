@@ -30,6 +30,7 @@ from raysd.serve.torch_backend import TorchBackend
 from raysd.storage import Storage
 from tests.adapters import publish_lora
 from tests.versions import flip
+from tests.waiting import until
 
 WISH = Drawing(prompt="a red circle", seed=1, steps=3, guidance=3)
 
@@ -369,10 +370,3 @@ def test_a_key_that_is_none_is_said_in_a_line(tmp_path: Path) -> None:
             signing.read_key(tmp_path / name)
     with pytest.raises(RequestError, match="no such file"):
         signing.read_key(tmp_path / "none")
-
-
-def until(met: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -19,24 +19,9 @@ from raysd.serve.predictions import Cursor, Picture
 from raysd.serve.queue import Queue
 from raysd.serve.tables import PredictionRow
 from raysd.storage import Storage
-from tests.records import Clock, Forgetful, drawn, new, pictures
+from tests.records import Forgetful, drawn, new, pictures
 
 PICTURE = Picture(0, "generated/2026-01-02/x-0.png", "a" * 64, 1, 64, 64)
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "store"))
-
-
-@pytest.fixture
-def database(records_database):
-    return records_database
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

@@ -13,13 +13,7 @@ from raysd.errors import IntegrityError, NotFound, RequestError
 from raysd.models import FAMILIES
 from raysd.references import identity, locate
 from raysd.registry import Registry
-from raysd.storage import Storage
 from tests.original import original_layout
-
-
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "store"))
 
 
 def test_a_hub_id_is_found_in_the_hub_cache(tiny_base, storage, tmp_path, monkeypatch):

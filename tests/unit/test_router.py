@@ -39,6 +39,7 @@ from raysd.serve.uploads import Uploads
 from raysd.storage import Storage
 from tests.adapters import publish_lora
 from tests.versions import files_of, safetensors
+from tests.waiting import until
 
 ASK = Ask("predictions", "cats", Drawing(prompt="a cat", steps=2), user="somebody", webhook="https://example.org/hook")
 
@@ -162,7 +163,7 @@ def test_the_same_request_again_is_answered_whatever_became_of_what_it_needs(
         assert (await router.submit(keyed)).id == made.id
         put(2)
         registry.withdraw(first)
-        await asyncio.to_thread(wait, lambda: router.routes.choose(ASK)[0].ref == "cats@2")
+        await happens(lambda: router.routes.choose(ASK)[0].ref == "cats@2")
         assert (await router.submit(keyed)).ref == first.ref
         with pytest.raises(RequestError, match="was used for another request"):
             await router.submit(replace(keyed, drawing=ASK.drawing))
@@ -203,7 +204,7 @@ KEYED = Ask(
 def test_a_shadow_draws_the_same_and_nobody_hears_of_it(shadowed: Desk) -> None:
     async def work(router: Router) -> Prediction:
         answer = await router.submit(KEYED)
-        await until(lambda: len(shadowed.rows()) == 2)
+        await happens(lambda: len(shadowed.rows()) == 2)
         assert (await router.submit(KEYED)).id == answer.id  # which is no reason for a second shadow
         await asyncio.sleep(0.2)
         return answer
@@ -226,7 +227,7 @@ def test_shadows_take_no_place_and_are_dropped_where_there_is_none(shadowed: Des
 
     async def work(router: Router) -> None:
         await router.submit(ASK)
-        await until(lambda: len(shadowed.rows()) == 2)
+        await happens(lambda: len(shadowed.rows()) == 2)
         await router.submit(ASK)
         await asyncio.sleep(0.2)
         with pytest.raises(Busy, match="2 pictures wait for cats"):
@@ -262,7 +263,7 @@ def test_what_an_ingress_left_another_one_calls_for(
         return [(await router.submit(ASK)).id for _ in range(2)]
 
     async def called(router: Router) -> None:
-        await until(lambda: bool(second.replicas.called))
+        await happens(lambda: bool(second.replicas.called))
         assert await asyncio.to_thread(second.queue.claim, "somebody", "cats", id=ids[0])
         await asyncio.sleep(0.3)
 
@@ -334,7 +335,7 @@ def test_a_shadow_that_cannot_be_written_harms_nothing(
 
     async def work(router: Router) -> Prediction:
         answer = await router.submit(KEYED)
-        await until(tried.is_set)
+        await happens(tried.is_set)
         await router.submit(ASK)
         return answer
 
@@ -380,14 +381,14 @@ def test_a_model_whose_version_is_withdrawn_is_not_served_until_it_has_another(
         newest.on_change = told.append
         registry.withdraw(version, "leaked")
         for routes in (fixed, newest):
-            wait(lambda routes=routes: routes.served()[0].withdrawn is not None)  # type: ignore[misc]
+            until(lambda routes=routes: routes.served()[0].withdrawn is not None)  # type: ignore[misc]
             with pytest.raises(NotFound, match=r"model: cats is not served now: .*cats@1 was withdrawn \(leaked\)"):
                 routes.choose(ASK)
             assert not routes.targets()
         put(2)
-        wait(lambda: newest.served()[0].withdrawn is None)
+        until(lambda: newest.served()[0].withdrawn is None)
         assert newest.choose(ASK)[0].ref == "cats@2"
-        wait(lambda: [target.ref for target in told] == ["cats@2"])
+        until(lambda: [target.ref for target in told] == ["cats@2"])
         assert "leaked" in str(fixed.served()[0].withdrawn)
         for name in ("cats", "cats@1", None):
             with pytest.raises(NotFound, match=r"is not served now: .*leaked|served here: none"):
@@ -415,7 +416,7 @@ def test_a_store_that_is_away_for_a_moment_changes_nothing(
         assert len(before[0].traffic) == 2
         with monkeypatch.context() as broken:
             broken.setattr(Storage, "read", away)
-            wait(lambda: len(asked) > 3)
+            until(lambda: len(asked) > 3)
             assert routes.served() == before
             assert routes.choose(ASK)[0].ref in ("cats@1", "cats@2")
 
@@ -437,10 +438,10 @@ def test_a_share_stays_while_the_store_does_not_say_that_its_version_was_withdra
     with served(registry, "cats@1") as (routes,):
         with monkeypatch.context() as broken:
             broken.setattr(Storage, "read", read)
-            wait(lambda: len(asked) > 3)
+            until(lambda: len(asked) > 3)
             assert routes.choose(ASK)[0].ref == "cats@2"
         registry.withdraw(registry.resolve("cats@2"))
-        wait(lambda: routes.choose(ASK)[0].ref == "cats@1")
+        until(lambda: routes.choose(ASK)[0].ref == "cats@1")
 
 
 @pytest.mark.usefixtures("quickly")
@@ -466,7 +467,7 @@ def test_an_alias_that_moves_to_what_cannot_be_loaded_moves_no_traffic(
     try:
         routes.on_refused = lambda target: told.append(target.ref)
         registry.alias(bad, "production")
-        wait(lambda: told == [bad.ref])
+        until(lambda: told == [bad.ref])
         traffic.change(registry.storage, "cats", {2: 100}, {})
         time.sleep(0.2)
         assert routes.choose(ASK)[0].ref == sound.ref
@@ -477,7 +478,7 @@ def test_an_alias_that_moves_to_what_cannot_be_loaded_moves_no_traffic(
             blob.write_bytes(whole)
         else:
             return
-        wait(lambda: routes.choose(ASK)[0].ref == bad.ref)
+        until(lambda: routes.choose(ASK)[0].ref == bad.ref)
         assert routes.served()[0].traffic[0].ref == bad.ref
         assert told == [bad.ref]
     finally:
@@ -504,7 +505,7 @@ def test_with_onnx_an_alias_moves_when_the_export_is_there_and_never_where_it_wa
         assert routes.choose(ASK)[0].ref == first.ref, "what a service starts with has its replicas make its export"
         routes.on_unexported, routes.on_refused = lambda t: missing.append(t.ref), lambda t: refused.append(t.ref)
         registry.alias(moved, "production")
-        wait(lambda: missing[:2] == [moved.ref] * 2)  # again and again: a replica may have been starting
+        until(lambda: missing[:2] == [moved.ref] * 2)  # again and again: a replica may have been starting
         traffic.change(registry.storage, "cats", {moved.number: 100}, {})
         time.sleep(0.2)
         assert routes.choose(ASK)[0].ref == first.ref
@@ -512,11 +513,11 @@ def test_with_onnx_an_alias_moves_when_the_export_is_there_and_never_where_it_wa
         begins.close()
         assert begins.choose(ASK)[0].ref == first.ref, "nor does it draw as a canary, whoever looks first"
         registry.storage.write(f"{place}/{REFUSED}", json.dumps({"reason": "too far", "raysd": __version__}).encode())
-        wait(lambda: refused == [moved.ref])
+        until(lambda: refused == [moved.ref])
         assert routes.choose(ASK)[0].ref == first.ref
         assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "ERROR"]  # one is of `begins`
         registry.storage.create(f"{place}/{MANIFEST}", b"{}")
-        wait(lambda: routes.choose(ASK)[0].ref == moved.ref)
+        until(lambda: routes.choose(ASK)[0].ref == moved.ref)
     finally:
         routes.close()
 
@@ -531,7 +532,7 @@ def test_a_rare_model_whose_replicas_are_none_is_switched_without_an_export(
     routes = Routes(registry.storage, [ModelSpec(ref="cats:production", backend="onnx", replicas={"least": 0})])
     try:
         registry.alias(second, "production")
-        wait(lambda: routes.choose(ASK)[0].ref == second.ref)
+        until(lambda: routes.choose(ASK)[0].ref == second.ref)
     finally:
         routes.close()
 
@@ -649,12 +650,5 @@ def served(registry: Registry, *refs: str) -> Any:
             each.close()
 
 
-def wait(met: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-async def until(met: Callable[[], bool]) -> None:
-    await asyncio.to_thread(wait, met)
+async def happens(met: Callable[[], bool]) -> None:
+    await asyncio.to_thread(until, met)

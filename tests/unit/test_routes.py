@@ -15,6 +15,7 @@ from raysd.serve.drawing import Drawing
 from raysd.serve.predictions import Ask
 from raysd.serve.routes import Routes, Target
 from tests.versions import files_of
+from tests.waiting import until
 
 ASK = Ask("predictions", "dogs", Drawing(prompt="a dog"))
 
@@ -57,7 +58,7 @@ def test_a_model_that_is_withdrawn_when_the_service_starts_keeps_no_other_from_b
         assert len(caplog.records) == 1, "it is said once, and not at each look"
         if ref == "dogs":
             dogs(2)
-            wait(lambda: [target.ref for target in told] == ["dogs@2"])
+            until(lambda: [target.ref for target in told] == ["dogs@2"])
             assert routes.choose(ASK)[0].ref == "dogs@2"
 
 
@@ -72,7 +73,7 @@ def test_a_model_whose_traffic_is_damaged_is_served_when_that_is_mended(
         with pytest.raises(NotFound, match=r"dogs is not served now: dogs: models/dogs/traffic\.json is damaged"):
             routes.choose(ASK)
         damaged.unlink()
-        wait(lambda: routes.served()[1].withdrawn is None)
+        until(lambda: routes.served()[1].withdrawn is None)
         assert routes.choose(ASK)[0].ref == "dogs@1"
 
 
@@ -92,10 +93,3 @@ def routes_of(registry: Registry, *refs: str) -> Iterator[Routes]:
         yield routes
     finally:
         routes.close()
-
-
-def wait(met: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not met():
-        assert time.monotonic() < end
-        time.sleep(0.02)

@@ -65,13 +65,6 @@ def receiver():
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    service = parts(tmp_path_factory.mktemp("service"))
-    with listening(service) as url:
-        yield service, url
-
-
 @pytest.fixture
 def client(service):
     return Client(api_token="x", base_url=service[1])
