@@ -37,6 +37,13 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return body.getvalue()
 
 
+def scanned(count: int, picture: Image.Image | None = None) -> bytes:
+    """A JPEG of one brightness, or of `picture`, which says the last of its scans so many times more."""
+    body = encoded(picture or Image.new("L", (64, 64), 128), "JPEG", progressive=True)
+    last = body.rindex(b"\xff\xda")
+    return body[:-2] + body[last:-2] * count + body[-2:]
+
+
 @lru_cache(maxsize=512)
 def _png(seed: int, side: int) -> bytes:
     return encoded(photo(seed, side))

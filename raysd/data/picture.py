@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import re
 import threading
 import warnings
 from typing import NamedTuple
@@ -23,6 +24,13 @@ LARGE = 16_000_000
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp")
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Decoders that run: by content, whatever the suffix says. Others are not even tried."""
+MOST_SCANS = 100
+"""Of a JPEG. Progressive ones have about ten; each costs a pass over all pixels, however few bytes it is written in."""
+MOST_SEGMENTS = 10_000
+"""Of a JPEG: scans, tables, and metadata in pieces of up to 64 KiB."""
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd8-\xfe]")
+"""How one begins. The other markers (restarts, escaped bytes of pixels) have no length, and decoders pass over them."""
+_END, _SCAN = 0xD9, 0xDA
 
 _one_large = threading.Lock()
 
@@ -59,6 +67,8 @@ def decode(body: bytes, limit_pixels: int = MAX_PIXELS, at_least: int | None = N
     pixels = picture.width * picture.height
     if pixels > limit_pixels:
         raise DataError(f"{picture.width}x{picture.height} is more than {limit_pixels:,} pixels")
+    if picture.format in ("JPEG", "MPO"):
+        _check_scans(body)
     if pixels <= LARGE:
         return _load(picture, at_least)
     with _one_large:
@@ -76,6 +86,24 @@ def _open(body: bytes) -> Image.Image:
     except Exception as error:  # a broken header raises OSError, SyntaxError, ValueError, struct.error …
         reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_reason(error)})"
         raise DataError("empty" if not body else f"not a readable JPEG, PNG or WebP{reason}") from None
+
+
+def _check_scans(body: bytes) -> None:
+    """Raises DataError for a JPEG that takes many times longer to decode than one of its size does.
+
+    Goes through it as decoders do, up to the end of the first picture: thumbnails lie within segments, further pictures
+    and films behind it.
+    """
+    at, scans = len(b"\xff\xd8"), 0
+    for _ in range(MOST_SEGMENTS):
+        found = _SEGMENT.search(body, at)
+        if found is None or body[found.start() + 1] == _END:
+            return
+        scans += body[found.start() + 1] == _SCAN
+        if scans > MOST_SCANS:
+            raise DataError(f"more than {MOST_SCANS} scans; save it anew")
+        at = found.end() + max(2, int.from_bytes(body[found.end() : found.end() + 2], "big"))
+    raise DataError(f"more than {MOST_SEGMENTS:,} segments; save it anew")
 
 
 def _load(picture: Image.Image, at_least: int | None) -> Decoded:

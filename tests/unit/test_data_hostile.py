@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from raysd.config import DataSpec
 from raysd.data import archive, download
 from raysd.data.check import check
+from raysd.data.picture import decode
 from raysd.data.source import open_source, read_picture
 from raysd.errors import DataError
 from raysd.storage import Storage
-from tests.pictures import encoded, photo
+from tests.pictures import encoded, photo, scanned
 
 PUBLIC = "93.184.215.14"
 
@@ -79,6 +80,45 @@ def test_a_bomb_in_a_set_is_left_out_and_named(tmp_path, uploads):
     (tmp_path / "bomb.png").write_bytes(png_header(60_000, 60_000))
     report = check(open_source(str(tmp_path), uploads), DataSpec(source="x", prompt="x"))
     assert [finding.name for finding in report.unreadable] == ["bomb.png"]
+
+
+def test_a_jpeg_of_many_scans_is_left_out_and_named(tmp_path, uploads):
+    """Each scan is a pass over all pixels, in as few as 30 bytes."""
+    for index in range(6):
+        (tmp_path / f"{index}.png").write_bytes(encoded(photo(index)))
+    (tmp_path / "scans.jpg").write_bytes(scanned(200))
+    (finding,) = check(open_source(str(tmp_path), uploads), DataSpec(source="x", prompt="x")).unreadable
+    assert finding.name == "scans.jpg"
+    assert "more than 100 scans" in finding.what
+
+
+@pytest.mark.parametrize("hidden", [b"\xff\x01\xff\xff", b"\xff\xd0\xff\xff", b"\xff\x05\xff\xff", b"\xff\xff\xff"])
+def test_scans_are_not_hidden_behind_what_has_no_length(hidden):
+    body = scanned(0)
+    last = body.rindex(b"\xff\xda")
+    with pytest.raises(DataError, match="more than 100 scans"):
+        decode(body[:last] + (hidden + body[last:-2]) * 200 + body[-2:])
+
+
+def test_a_jpeg_of_countless_segments_is_refused():
+    body = scanned(0)
+    with pytest.raises(DataError, match="more than 10,000 segments"):
+        decode(body[:-2] + b"\xff\xfe\0\2" * 10_000 + body[-2:])
+
+
+def test_scans_of_thumbnails_of_further_pictures_and_of_films_behind_it_are_none():
+    thumbnail = b"APP\0" + scanned(0) + b"\xff\xda" * 200
+    several = io.BytesIO()
+    photo(1).save(several, "MPO", save_all=True, append_images=[photo(2), photo(3)])
+    film = b"\xff\xda" * 200
+    for body in (
+        encoded(photo(1), "JPEG", progressive=True),
+        encoded(photo(1), "JPEG", extra=b"\xff\xe2" + struct.pack(">H", len(thumbnail) + 2) + thumbnail),
+        several.getvalue(),
+        encoded(photo(1), "JPEG") + film,
+        scanned(50, photo(1)),
+    ):
+        assert decode(body).size == (128, 128)
 
 
 def test_only_three_decoders_run_whatever_the_name_says(tmp_path):

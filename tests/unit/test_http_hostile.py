@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from raysd.serve.http.errors import Refused
+from tests.pictures import scanned
 from tests.serving import listening, parts
 
 HERE = "http://127.0.0.1:8000"
@@ -203,6 +204,7 @@ WRONG_PICTURES = {
     "changed": SMALL[:60] + bytes(40) + SMALL[100:],
     "bomb": bomb(60_000, 60_000),
     "large": bomb(5_000, 5_000),
+    "scans": scanned(200),
     "noise": random.Random(0).randbytes(5000),
 }
 
