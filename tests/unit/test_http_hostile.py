@@ -8,13 +8,17 @@ import random
 import re
 import socket
 import struct
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from raysd.serve.http import pictures, webhooks
 from raysd.serve.http.errors import Refused
 from tests.pictures import scanned
 from tests.serving import listening, parts
@@ -257,6 +261,48 @@ def test_form_fields_that_are_wrong(client, field):
     for wrong in ("NaN", "x", "1e400", "-1e9"):
         form = {"prompt": "x", "model": "cats", field: wrong}
         assert field in reason(client.post("/v1/images/edits", data=form, files={"image": ("a.png", SMALL)}))
+
+
+# What takes long
+
+
+def silent_name_server(monkeypatch, end):
+    real = socket.getaddrinfo
+
+    def resolve(host, *more, **named):
+        if host == "silent.example":
+            end.wait(60)
+            raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+        return real(host, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    return "/v1/predictions", {"json": {**sent("/v1/predictions"), "webhook": "http://silent.example/"}}, 400
+
+
+def slow_picture(monkeypatch, end):
+    def upload(body, field):
+        end.wait(60)
+        return SMALL, (64, 64)
+
+    monkeypatch.setattr(pictures, "upload", upload)
+    return "/v1/files", {"files": {"content": ("a.png", SMALL)}}, 201
+
+
+@pytest.mark.parametrize("slow", [silent_name_server, slow_picture])
+def test_those_who_ask_for_something_else_do_not_wait(tmp_path, monkeypatch, slow):
+    """More requests than the event loop has threads, each for as long as somebody else wants."""
+    monkeypatch.setattr(webhooks, "RESOLVE_SECONDS", 0.5)
+    end = threading.Event()
+    path, body, status = slow(monkeypatch, end)
+    with listening(parts(tmp_path)) as url, ThreadPoolExecutor(40) as senders:
+        try:
+            answers = [senders.submit(httpx.post, url + path, **body, timeout=60) for _ in range(40)]
+            for _ in range(10):
+                time.sleep(0.1)
+                assert httpx.get(f"{url}/v1/predictions", timeout=15).status_code == 200
+        finally:
+            end.set()
+        assert {each.result().status_code for each in answers} == {status}
 
 
 # Addresses and headers

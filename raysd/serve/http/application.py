@@ -154,6 +154,7 @@ def _lifespan(service: Service) -> Any:
             if service.courier is not None:
                 await service.courier.close()
             await service.desk.close()
+            service.aside.close()
 
     return lifespan
 

@@ -1,6 +1,5 @@
 """OpenAI's Images API: pictures from a prompt, and edits of a picture, at once or as a stream of events."""
 
-import asyncio
 import time
 from typing import Annotated, Literal
 
@@ -125,10 +124,10 @@ def routes(service: Service) -> APIRouter:
 
 async def _uploads(service: Service, owner: str | None, asked: EditRequest) -> tuple[str, str | None]:
     (picture,) = asked.image or asked.images
-    image, size = await asyncio.to_thread(pictures.upload, await picture.read(), "image")
+    image, size = await service.aside.decode(pictures.upload, await picture.read(), "image")
     if asked.mask is None:
         return await service.desk.keep_upload(image, owner), None
-    mask = await asyncio.to_thread(pictures.transparent_mask, await asked.mask.read(), "mask", size)
+    mask = await service.aside.decode(pictures.transparent_mask, await asked.mask.read(), "mask", size)
     return await service.desk.keep_upload(image, owner), await service.desk.keep_upload(mask, owner)
 
 

@@ -226,9 +226,9 @@ async def _webhook(service: Service, asked: PredictionRequest) -> tuple[str | No
     if service.courier is None:
         raise RequestError("webhook: this service tells none; ask with GET instead")
     if asked.webhook is None:
-        return await webhooks.check(url), ("completed",)
+        return await webhooks.check(url, service.aside), ("completed",)
     events = EVENTS if asked.webhook_events_filter is None else tuple(dict.fromkeys(asked.webhook_events_filter))
-    return await webhooks.check(url), events
+    return await webhooks.check(url, service.aside), events
 
 
 def _written(last: Prediction) -> str:

@@ -14,6 +14,7 @@ from raysd.errors import NotFound, RaysdError
 from raysd.feedback.generations import Generations
 from raysd.feedback.records import Records
 from raysd.serve.http.access import Caller
+from raysd.serve.http.aside import Aside
 from raysd.serve.http.desk import Desk
 from raysd.serve.http.errors import Refused
 from raysd.serve.http.links import Links
@@ -40,6 +41,7 @@ class Service:
     courier: Courier | None
     """None where predictions may name no webhook."""
     metrics: Metrics
+    aside: Aside = field(default_factory=Aside)
     tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
     def base(self, request: Request) -> str:

@@ -63,7 +63,7 @@ async def of_input(service: Service, owner: str | None, asked: Input) -> tuple[s
         return image.digest, None
     mask = _uploaded(asked.mask)
     if mask is None:
-        png = await asyncio.to_thread(pictures.mask, _sent(asked.mask, "mask"), "mask", image.size)
+        png = await service.aside.decode(pictures.mask, _sent(asked.mask, "mask"), "mask", image.size)
         return image.digest, await service.desk.keep_upload(png, owner)
     if mask.size != image.size:
         raise RequestError("mask: is not of the size of image; make them the same")
@@ -72,7 +72,7 @@ async def of_input(service: Service, owner: str | None, asked: Input) -> tuple[s
 
 async def keep(service: Service, owner: str | None, body: bytes, field: str) -> Upload:
     """Normalise a picture and keep it. Raises RequestError."""
-    png, size = await asyncio.to_thread(pictures.upload, body, field)
+    png, size = await service.aside.decode(pictures.upload, body, field)
     return Upload(await service.desk.keep_upload(png, owner), size)
 
 

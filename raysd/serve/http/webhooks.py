@@ -22,6 +22,7 @@ import httpx
 
 from raysd.data.download import Guard, public_address
 from raysd.errors import DataError, RaysdError, RequestError
+from raysd.serve.http.aside import Aside
 from raysd.serve.http.links import derived
 from raysd.serve.http.outbox import Message, Outbox
 from raysd.serve.predictions import Prediction
@@ -59,11 +60,11 @@ def signed(secret: str, id: str, timestamp: int, body: bytes) -> dict[str, str]:
     }
 
 
-async def check(url: str) -> str:
+async def check(url: str, aside: Aside) -> str:
     """A webhook's address as it is given. Raises RequestError where it may not be reached."""
     parsed = _parsed(url)
     port = parsed.port or (443 if parsed.scheme == "https" else 80)
-    judged = asyncio.to_thread(public_address, parsed.raw_host.decode("ascii"), port)
+    judged = aside.resolve(public_address, parsed.raw_host.decode("ascii"), port)
     try:
         await asyncio.wait_for(judged, RESOLVE_SECONDS)
     except TimeoutError:
