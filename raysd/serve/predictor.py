@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -88,7 +89,8 @@ class Predictor:
         sample.latents = sample.latents.to(self.device)
         if mask is not None and clean is not None:
             torch.randn(shape, generator=sample.generator)  # diffusers' for what is left of the picture, which it drops
-            sample.kept = (_mask(mask, shape).to(self.device), clean.to(self.device), noise.to(self.device))
+            anew = _mask(mask, shape, self.geometry.factor)
+            sample.kept = (anew.to(self.device), clean.to(self.device), noise.to(self.device))
         sample.past = torch.zeros(3, *shape, device=self.device)
         return sample
 
@@ -188,8 +190,13 @@ class Predictor:
         return diffusion.sample_posterior(moments, eps, self._scale, self._shift)[0]
 
 
-def _mask(mask: bytes, shape: tuple[int, int, int]) -> Tensor:
-    """1 where the picture is drawn anew. [1, h, w]"""
-    grey = Image.open(io.BytesIO(mask)).convert("L").resize((shape[2], shape[1]), Image.Resampling.NEAREST)
-    values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).reshape(1, shape[1], shape[2])
-    return (values >= 128).float()
+def _mask(mask: bytes, shape: tuple[int, int, int], factor: int) -> Tensor:
+    """1 where the picture is drawn anew. [1, h, w]
+
+    As diffusers' inpainting has it: black and white in pixels, of which each latent takes the one at its upper left.
+    """
+    grey, size = Image.open(io.BytesIO(mask)).convert("L"), (shape[2] * factor, shape[1] * factor)
+    if grey.size != size:
+        grey = grey.resize(size, Image.Resampling.LANCZOS)
+    values = torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).reshape(1, 1, size[1], size[0])
+    return F.interpolate((values >= 128).float(), size=shape[1:])[0]

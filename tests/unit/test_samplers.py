@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from raysd.errors import RequestError
 from raysd.models import family_of
@@ -145,6 +145,28 @@ def test_drawing_behind_a_mask_is_diffusers_inpainting(
     assert torch.allclose(latents(predictor, drawing, picture, mask), wanted, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("side", "shape", "box"),
+    [
+        (64, "ellipse", (13, 13, 50, 50)),
+        (64, "rectangle", (17, 17, 40, 40)),  # a pixel beside the latents' grid
+        (64, "rectangle", (21, 0, 22, 63)),
+        (200, "ellipse", (40, 40, 156, 156)),
+    ],
+)
+def test_a_mask_whose_edges_are_anywhere_is_diffusers_mask(
+    predictor: Predictor, side: int, shape: str, box: tuple[int, int, int, int]
+) -> None:
+    mask = Image.new("L", (side, side))
+    getattr(ImageDraw.Draw(mask), shape)(box, fill=255)
+    asked = {"image": "0" * 64, "mask": "1" * 64, "strength": 0.8, "width": 64, "height": 64}
+    drawing, picture = Drawing(prompt="a", seed=3, steps=8, guidance=4, **asked), png(side, side)
+    more: dict[str, Any] = {"image": opened(picture), "mask_image": mask, "strength": 0.8, "height": 64, "width": 64}
+    wanted = theirs(predictor, drawing, "StableDiffusionInpaintPipeline", **more)
+    ours = latents(predictor, drawing, picture, encoded(mask))
+    assert torch.allclose(ours, wanted, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_picture_that_is_not_square_keeps_its_shape_where_no_size_is_asked_for(
     predictor: Predictor, masked: bool
@@ -158,7 +180,7 @@ def test_a_picture_that_is_not_square_keeps_its_shape_where_no_size_is_asked_for
     kind, inputs = "StableDiffusionImg2ImgPipeline", [picture]
     if masked:
         kind, inputs = "StableDiffusionInpaintPipeline", [picture, encoded(mask)]
-        more |= {"mask_image": mask.resize((72, 48), Image.Resampling.NEAREST), "height": 48, "width": 72}
+        more |= {"mask_image": mask, "height": 48, "width": 72}
         asked |= {"mask": "1" * 64}
     drawing = Drawing(prompt="a", seed=3, steps=8, guidance=4, **asked)
     wanted = theirs(predictor, drawing, kind, **more)
