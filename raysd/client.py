@@ -188,9 +188,10 @@ def _address(url: str) -> str:
     """Raises RequestError for what is no address of a service. It is shown in errors, so it may hold no password."""
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        parsed = httpx.URL()
-    if parsed.scheme not in ("http", "https") or not parsed.host or parsed.userinfo:
+        whole = parsed.scheme in ("http", "https") and parsed.host and not parsed.userinfo
+    except (httpx.InvalidURL, ValueError):  # the latter of a host that is no international name, as xn--a.example
+        whole = False
+    if not whole:
         raise RequestError("url (RAYSD_URL): give an address like http://127.0.0.1:8000, without user and password")
     return url
 

@@ -112,7 +112,7 @@ def _get(client: httpx.Client, url: str, target: Path, deadline: float) -> str |
                 raise DataError(f"{_host(url)}: answered {answer.status_code} for data.source; check the URL")
             _save(answer.iter_raw(CHUNK), target, _host(url), deadline)
             return None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last of a host as xn--a.example
         raise DataError(f"{_host(url)}: {shown(str(error), 200) or type(error).__name__}") from None
 
 

@@ -19,6 +19,10 @@ def _storable(text: str) -> str:
     return text
 
 
+Text = Annotated[str, AfterValidator(_storable)]
+"""That can be encoded and stored."""
+
+
 class Pair(Spec, strict=True):
     """A choice between two pictures, and on which side each was shown."""
 
@@ -47,9 +51,9 @@ class Feedback(Spec, strict=True):
     """How good it is."""
     tags: list[Tag] | None = Field(None, min_length=1, max_length=10)
     """What is wrong or right with it: a-z, 0-9, space, _ and -."""
-    text: Annotated[str, AfterValidator(_storable)] | None = Field(None, min_length=1, max_length=2000)
+    text: Text | None = Field(None, min_length=1, max_length=2000)
     """Anything."""
-    report: Annotated[str, AfterValidator(_storable)] | None = Field(None, min_length=1, max_length=1000)
+    report: Text | None = Field(None, min_length=1, max_length=1000)
     """Why nobody should see it."""
     pair: Pair | None = None
     """A choice, alone."""

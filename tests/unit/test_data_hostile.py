@@ -456,6 +456,14 @@ def test_redirects_lead_nowhere_but_http(uploads, monkeypatch, location):
         open_source(f"http://site.test:{port}/go", uploads)
 
 
+def test_a_host_that_is_no_international_name_is_refused_also_behind_a_redirect(uploads, monkeypatch):
+    names(monkeypatch, {"site.test": PUBLIC})
+    with serving({"/go": (302, {"Location": "http://xn--/"}, b"")}) as (port, _):
+        for url in (f"http://site.test:{port}/go", "http://xn--a.example/x.zip"):
+            with pytest.raises(DataError, match=r"^(site\.test|xn--a)"):
+                open_source(url, uploads)
+
+
 def test_redirects_size_and_status_are_bounded_and_named(uploads, monkeypatch):
     names(monkeypatch, {"site.test": PUBLIC})
     monkeypatch.setattr(download, "MAX_ARCHIVE_BYTES", 100)

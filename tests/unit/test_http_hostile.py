@@ -145,6 +145,8 @@ def test_a_long_prompt(client):
         ("lora", '"../../etc/passwd"'),
         ("lora", '"a\\u0000"'),
         ("user", r'"\u0000"'),
+        ("user", r'"\ud83d"'),
+        ("safety_identifier", r'"\ud83d"'),
         ("image", '"/etc/passwd"'),
         ("__class__", '"x"'),
     ],

@@ -253,6 +253,8 @@ def test_nothing_listens(private):
         "http://a b/",
         "http://93.184.216.34:99999/",
         "http://nowhere.invalid/",
+        "http://xn--/",
+        "https://xn--a.example/hook",
         "http://" + "a" * 300 + "/",
         "\0",
         "x" * 3000,

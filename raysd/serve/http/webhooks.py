@@ -77,9 +77,9 @@ async def check(url: str, aside: Aside) -> str:
 def _parsed(url: str) -> httpx.URL:
     try:
         parsed = httpx.URL(url)
-    except (httpx.InvalidURL, ValueError):
+        whole = parsed.scheme in ("http", "https") and parsed.host and not parsed.userinfo
+    except (httpx.InvalidURL, ValueError):  # the latter of a host that is no international name, as xn--a.example
         raise RequestError("webhook: not a URL") from None
-    whole = parsed.scheme in ("http", "https") and parsed.host and not parsed.userinfo
     if not whole or len(url) > LONGEST_URL or not 0 < (parsed.port or 80) < 2**16:
         raise RequestError("webhook: give http(s)://host/… without a user, of at most 2,000 characters")
     return parsed

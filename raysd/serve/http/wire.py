@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from copy import copy
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from raysd.config.http import HttpSpec
 from raysd.errors import RequestError
+from raysd.feedback import wire as feedback
 from raysd.serve.drawing import Drawing, Sampler
 from raysd.serve.http.errors import invalid
 
@@ -30,13 +31,7 @@ def field_of(name: str, **changes: Any) -> Any:
     return field
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("has a NUL character in it")
-    return text
-
-
-Text = Annotated[str, AfterValidator(_without_nul), Field(json_schema_extra={"pattern": r"^[^\x00]*$"})]
+Text = Annotated[feedback.Text, Field(json_schema_extra={"pattern": r"^[^\x00]*$"})]
 Name = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/@:-]*$")]
 """Of a model or version."""
 
