@@ -7,12 +7,15 @@ client.feedback(drawn.generation, thumb="up", user="anna")
 """
 
 import base64
+import math
 import os
 import re
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,14 @@ class Client:
         return [model["id"] for model in self._ask("GET", "/v1/models")["data"]]
 
     def generate(self, prompt: str, *, model: str | None = None, n: int = 1, **settings: Any) -> list[Drawn]:
-        """Draw and wait. `settings` as in OpenAI's Images API, and negative_prompt, num_inference_steps, seed, …"""
+        """Draw and wait. `settings` as in OpenAI's Images API, and negative_prompt, num_inference_steps, seed, …
+
+        Raises RequestError for those that ask for links or a stream, as the pictures themselves are returned.
+        """
+        if settings.get("response_format") not in (None, "b64_json"):
+            raise RequestError("response_format: b64_json alone, for pictures are returned; predict gives links")
+        if settings.get("stream"):
+            raise RequestError("stream: the pictures are returned once all are drawn; leave it out")
         body = {"prompt": prompt, "model": model, "n": n, **settings}
         made = self._ask("POST", "/v1/images/generations", body)["data"]
         fields = ("generation", "seed", "version", "digest")
@@ -154,8 +164,9 @@ class Client:
     def _ask(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, user: str | None = None
     ) -> dict[str, Any]:
+        sent = self._send(method, path, body, user)
         try:
-            answer: dict[str, Any] = self._send(method, path, body, user).json()
+            answer: dict[str, Any] = sent.json()
         except ValueError:
             raise RaysdError(f"{self._http.base_url}: does not answer as a raysd service does") from None
         return answer
@@ -173,7 +184,7 @@ class Client:
         while True:
             try:
                 answer = self._http.request(method, path, json=body, headers=headers)
-                wait = float(answer.headers.get("Retry-After", pause))
+                wait = _retry_after(answer) or pause
                 if answer.status_code not in (429, 502, 503) or time.monotonic() + wait > end:
                     return _checked(answer)
             except httpx.TransportError as error:
@@ -203,6 +214,25 @@ def _known(id: str) -> str:
     return id
 
 
+def _retry_after(answer: httpx.Response) -> float | None:
+    """Seconds until one may come back, said as such or as a date (RFC 9110). None where neither is said."""
+    said = answer.headers.get("Retry-After", "")
+    try:
+        seconds = float(said)
+    except ValueError:
+        return _until(said)
+    return seconds if 0 <= seconds < math.inf else None
+
+
+def _until(date: str) -> float | None:
+    try:
+        moment = parsedate_to_datetime(date)
+    except (ValueError, OverflowError):
+        return None
+    moment = moment.replace(tzinfo=moment.tzinfo or UTC)  # the oldest form of a date in HTTP names no zone
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
+
+
 def _checked(answer: httpx.Response) -> httpx.Response:
     if answer.is_success:
         return answer
@@ -212,7 +242,8 @@ def _checked(answer: httpx.Response) -> httpx.Response:
     except (ValueError, KeyError, TypeError):
         reason = f"answered {answer.status_code}"
     if answer.status_code == 429:
-        raise TooMany(reason, float(answer.headers.get("Retry-After", 60)))
+        wait = _retry_after(answer)
+        raise TooMany(reason, 60.0 if wait is None else wait)
     raise (NotFound if answer.status_code == 404 else RequestError if answer.is_client_error else RaysdError)(reason)
 
 

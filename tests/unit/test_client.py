@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -96,7 +97,11 @@ def test_refusals_are_errors_with_their_reason(client):
 @pytest.fixture
 def answering(monkeypatch):
     """Starts a server that gives these answers in turn, None for a connection that is cut, and keeps their keys."""
-    monkeypatch.setattr(raysd_client.time, "sleep", lambda seconds: None)
+
+    def sleep(seconds):
+        assert seconds >= 0, "time.sleep refuses what is negative or no number"
+
+    monkeypatch.setattr(raysd_client.time, "sleep", sleep)
     servers = []
 
     def start(answers):
@@ -153,7 +158,39 @@ def test_it_does_not_wait_longer_than_it_may(answering):
     assert len(keys) == 1
 
 
-@pytest.mark.parametrize("url", ["nonsense", "ftp://host", "http://", "http://host:port", "http://me:hunter2@host"])
+@pytest.mark.parametrize(
+    "said", ["-5", "nan", "inf", "soon", "", "Wed, 99 Oct 2026", "0", "Wed, 21 Oct 2015 07:28:00 GMT"]
+)
+def test_it_comes_back_by_itself_where_no_time_is_said_or_it_is_past(answering, said):
+    client, keys = answering([(503, {"Retry-After": said}), (429, {"Retry-After": said}), (400, {})])
+    with pytest.raises(RequestError, match="answered 400"):
+        client.feedback("x", thumb="up")
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("form", ["%a, %d %b %Y %H:%M:%S GMT", "%A, %d-%b-%y %H:%M:%S GMT", "%a %b %d %H:%M:%S %Y"])
+def test_a_date_says_as_well_when_to_come_back(answering, form):
+    """In the three forms of RFC 9110, section 5.6.7."""
+    date = (datetime.now(UTC) + timedelta(days=1)).strftime(form)
+    client, keys = answering([(429, {"Retry-After": date}), (503, {"Retry-After": date})])
+    with pytest.raises(TooMany) as refused:
+        client.feedback("x", thumb="up")
+    assert refused.value.retry_after == pytest.approx(86400, abs=60)
+    with pytest.raises(RaysdError, match="answered 503"):
+        client.feedback("x", thumb="up")
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("setting", [{"response_format": "url"}, {"stream": True}])
+def test_what_would_give_no_pictures_is_refused_before_it_is_drawn(setting):
+    (field,) = setting
+    with pytest.raises(RequestError, match=field):
+        Client().generate("x", **setting)
+
+
+@pytest.mark.parametrize(
+    "url", ["nonsense", "ftp://host", "http://", "http://host:port", "http://me:hunter2@host", "http://xn--/"]
+)
 def test_what_is_no_address_is_refused_at_once(url):
     with pytest.raises(RequestError, match="url") as refused:
         Client(url)
