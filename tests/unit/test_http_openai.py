@@ -17,6 +17,7 @@ from openai.types.image_edit_params import ImageEditParamsNonStreaming
 from openai.types.image_generate_params import ImageGenerateParamsNonStreaming
 from PIL import Image
 
+from raysd.serve.http.links import Links
 from tests.serving import CATS, SIDE, TINY, listening, parts
 from tests.waiting import until
 
@@ -116,15 +117,26 @@ def test_links_hold_for_anybody_and_for_this_picture_alone(client, service):
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
 def test_other_formats(client, kind):
-    made = client.images.generate(
-        prompt="x", model="cats", output_format=kind, output_compression=50, response_format="b64_json", extra_body=FAST
-    )
+    asked = {"prompt": "x", "model": "cats", "output_format": kind, "extra_body": {**FAST, "seed": 7}}
+    made = client.images.generate(**asked, output_compression=50, response_format="b64_json")
     assert made.output_format == kind
-    assert opened(base64.b64decode(made.data[0].b64_json), kind.upper()).size == (SIDE, SIDE)
-    linked = client.images.generate(
-        prompt="x", model="cats", output_format=kind, response_format="url", extra_body=FAST
-    )
-    assert httpx.get(linked.data[0].url).headers["content-type"] == f"image/{kind}"
+    body = base64.b64decode(made.data[0].b64_json)
+    assert opened(body, kind.upper()).size == (SIDE, SIDE)
+    link = client.images.generate(**asked, output_compression=50, response_format="url").data[0].url
+    assert httpx.get(link).content == body, "of the quality that was asked for"
+    assert httpx.get(link.replace("quality=50", "quality=51")).status_code == 403
+    plain = httpx.get(client.images.generate(**asked, response_format="url").data[0].url)
+    assert plain.headers["content-type"] == f"image/{kind}"
+    assert len(plain.content) > len(body)
+
+
+def test_a_link_of_no_quality_is_signed_as_ever():
+    """Those that were given before links had one hold for their time."""
+    links = Links(b"0" * 32, 60, clock=lambda: 1e9)
+    signature = "1e9b1b2a7fff7c38d2d137f0fc1213af02741de6d9dc1184711bfdbee2f7103d"
+    assert links.to("a-0.png") == f"/v1/pictures/a-0.png?expires=1000000060&signature={signature}"
+    assert links.holds("a-0.png", 1_000_000_060, signature)
+    assert not links.holds("a-0.png", 1_000_000_060, signature, quality=50)
 
 
 def test_a_stream_has_previews_and_then_each_picture(client):

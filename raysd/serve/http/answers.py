@@ -101,7 +101,7 @@ async def images(service: Service, last: Prediction, wanted: Wanted, base: str) 
     for picture in last.pictures:
         image = Image(**described(last, picture))
         if wanted.url:
-            url = base + service.links.to(f"{image.generation}.{wanted.format}")
+            url = base + service.links.to(f"{image.generation}.{wanted.format}", wanted.quality)
             data.append(image.model_copy(update={"url": url}))
         else:
             data.append(image.model_copy(update={"b64_json": await _encoded(service, picture, wanted)}))

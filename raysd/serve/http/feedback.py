@@ -105,14 +105,15 @@ def links(service: Service) -> APIRouter:
         picture: str,
         expires: Annotated[int, Query(ge=0, le=2**53)],
         signature: Annotated[str, Query(max_length=64)],
+        quality: Annotated[int | None, Query(ge=0, le=100)] = None,
     ) -> Response:
         """The picture that a link in an answer names, for as long as the link holds."""
         found = _PICTURE.fullmatch(picture)
-        if found is None or not service.links.holds(picture, expires, signature):
+        if found is None or not service.links.holds(picture, expires, signature, quality):
             raise Refused(403, "this link has ended, or is not one that this service gave")
         generation = await asyncio.to_thread(service.generations.get, found[1])
         kind: Format = found[2]  # type: ignore[assignment]
-        response = await _picture(service, generation, kind)
+        response = await _picture(service, generation, kind, quality)
         response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # whoever has the link may show the picture
         return response
 
@@ -126,13 +127,13 @@ async def _own(service: Service, request: Request, id: str) -> Generation:
     return generation
 
 
-async def _picture(service: Service, generation: Generation, kind: Format) -> Response:
+async def _picture(service: Service, generation: Generation, kind: Format, quality: int | None = None) -> Response:
     if generation.path is None or generation.deleted is not None:
         raise NotFound("the picture is kept no longer")
     body = await read(service, generation.path)
     if generation.blind:
         body = await asyncio.to_thread(pictures.bare, body)  # the file says which version drew it
-    body = await asyncio.to_thread(pictures.encoded, body, kind)
+    body = await asyncio.to_thread(pictures.encoded, body, kind, quality)
     return Response(body, media_type=MEDIA[kind], headers={"Cache-Control": "private, max-age=3600"})
 
 

@@ -23,15 +23,18 @@ class Links:
     def __init__(self, secret: bytes, lifetime: float, clock: Callable[[], float] = time.time) -> None:
         self._key, self._lifetime, self._clock = derived(secret, "links"), lifetime, clock
 
-    def to(self, picture: str) -> str:
-        """The path and query of a picture: of a generation, with the ending of its format."""
+    def to(self, picture: str, quality: int | None = None) -> str:
+        """The path and query of a picture: of a generation, with the ending of its format, and of 100 its quality."""
         expires = int(self._clock() + self._lifetime)
-        return f"/v1/pictures/{picture}?expires={expires}&signature={self._signature(picture, expires)}"
+        asked = "" if quality is None else f"&quality={quality}"
+        return f"/v1/pictures/{picture}?expires={expires}{asked}&signature={self._signature(picture, expires, quality)}"
 
-    def holds(self, picture: str, expires: int, signature: str) -> bool:
+    def holds(self, picture: str, expires: int, signature: str, quality: int | None = None) -> bool:
         """Whether a link was signed here and has not ended."""
-        signed = hmac.compare_digest(self._signature(picture, expires).encode(), signature.encode("utf-8", "replace"))
+        wanted = self._signature(picture, expires, quality)
+        signed = hmac.compare_digest(wanted.encode(), signature.encode("utf-8", "replace"))
         return signed and self._clock() < expires
 
-    def _signature(self, picture: str, expires: int) -> str:
-        return hmac.new(self._key, f"{picture}\n{expires}".encode(), hashlib.sha256).hexdigest()
+    def _signature(self, picture: str, expires: int, quality: int | None) -> str:
+        asked = "" if quality is None else f"\n{quality}"
+        return hmac.new(self._key, f"{picture}\n{expires}{asked}".encode(), hashlib.sha256).hexdigest()
