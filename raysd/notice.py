@@ -5,6 +5,7 @@ EC2 says so two minutes before (instance metadata, spot/instance-action), Comput
 On Kubernetes nobody needs this: a pod's SIGTERM reaches `ray start --block`, which drains its node itself.
 """
 
+import http.client
 import json
 import subprocess
 import sys
@@ -12,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import UTC, datetime
 
 AWS, GCP = "http://169.254.169.254", "http://metadata.google.internal"
@@ -20,6 +20,8 @@ PERIOD = 2.0
 """Seconds between two looks."""
 GCP_SECONDS = 30
 PATIENCE = 2.0
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, http.client.HTTPException)
+"""What looking raises where the metadata service is away, or answers what is no notice."""
 
 
 def main(words: list[str]) -> int:
@@ -46,10 +48,17 @@ def watch(look: Callable[[], int | None], drain: Callable[[int], None], period: 
 
 
 def _left(look: Callable[[], int | None], period: float) -> int:
-    """Wait for the notice. A metadata service that is away is asked again."""
+    """Wait for the notice. A metadata service that is away, or answers nonsense, is asked again: nobody starts this anew."""
+    said = ""
     while True:
-        with suppress(OSError, ValueError):
+        try:
             left = look()
+        except UNREADABLE as error:
+            reason = f"{type(error).__name__}: {error}".strip()
+            if reason != said:  # else a line every other second
+                print(f"raysd: no notice could be read: {reason}", file=sys.stderr, flush=True)
+            said = reason
+        else:
             if left is not None:
                 return left
         time.sleep(period)

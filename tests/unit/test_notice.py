@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ class Metadata(BaseHTTPRequestHandler):
     """Both services. `action` and `preempted` are what they say."""
 
     action: str | None = None
+    broken = False
     preempted = "FALSE"
 
     def do_PUT(self) -> None:
@@ -23,7 +25,9 @@ class Metadata(BaseHTTPRequestHandler):
         self._answer(200 if asked else 403, "word")
 
     def do_GET(self) -> None:
-        if self.path == "/latest/meta-data/spot/instance-action":
+        if self.broken:
+            self.wfile.write(b"garbage\r\n\r\n")
+        elif self.path == "/latest/meta-data/spot/instance-action":
             allowed = self.headers["X-aws-ec2-metadata-token"] == "word"
             self._answer((200 if self.action else 404) if allowed else 401, self.action or "")
         elif self.path == "/computeMetadata/v1/instance/preempted" and self.headers["Metadata-Flavor"] == "Google":
@@ -70,6 +74,30 @@ def test_the_node_is_drained_once_though_the_service_was_away(service: tuple[str
     drained: list[int] = []
     notice.watch(lambda: notice.gcp(next(looks)), drained.append, period=0.01)
     assert drained == [30]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"broken": True},
+        *({"action": it} for it in ("null", "[]", '{"action": "terminate"}', '{"time": null}', "{", "ä")),
+    ],
+)
+def test_an_answer_that_is_no_notice_is_said_once_and_asked_again(
+    service: tuple[str, type[Metadata]], capsys: pytest.CaptureFixture[str], nonsense: dict[str, Any]
+) -> None:
+    root, said = service
+    drained: list[int] = []
+    looks = iter([nonsense, nonsense, {"broken": False, "action": '{"time": "2020-01-01T00:00:00Z"}'}])
+
+    def look() -> int | None:
+        for name, value in next(looks).items():
+            setattr(said, name, value)
+        return notice.aws(root)
+
+    notice.watch(look, drained.append, period=0.01)
+    assert drained == [0]
+    assert capsys.readouterr().err.count("no notice could be read") == 1
 
 
 def test_a_drain_that_fails_is_tried_again_while_there_is_time(capsys: pytest.CaptureFixture[str]) -> None:
