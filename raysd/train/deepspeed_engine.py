@@ -126,8 +126,11 @@ class DeepSpeedEngine:
     def write_weight(self, name: str, value: Tensor | None, source: int) -> None:
         parameter: Any = self._parameters[name]
         if self._stage == 3:
-            from deepspeed.runtime.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters, ZeroParamStatus
 
+            if parameter.ds_status == ZeroParamStatus.INFLIGHT:
+                # Fetched ahead for the backward pass that came last time, and none comes after a validation's forward pass.
+                self._engine.empty_partition_cache()
             with GatheredParameters([parameter], modifier_rank=source):
                 if value is not None and self.rank == source:
                     parameter.data.copy_(value)

@@ -176,6 +176,43 @@ def spawn(world: int, work: Callable[..., Any], arguments: tuple[Any, ...], tmp_
     return json.loads(out.read_text())
 
 
+def validated(base: Path, root: Path, changes: dict[str, Any]) -> list[float]:
+    """Losses of steps, each followed by a validation of the moving average."""
+    spec = override(SPEC, changes)
+    family, method = family_of(base), METHODS[spec.method.kind]
+    items, cache, text = data(root)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    module = method.build(family, base, spec)
+    engine = build_engine(module, spec, device=torch.device("cpu"), rank=rank, world=world)
+    ema, schedule = Ema(engine, 0.9), family.noise_schedule(base)
+    source = Source(cache, text, family.latent_scale(base))
+    sampler = Sampler(PICTURES, spec.optim.batch_size, spec.seed)
+    batches = Batches(items, "empty", source, sampler, schedule, spec, rank, world)
+    losses: list[float] = []
+
+    def validate() -> None:
+        with ema.swapped():
+            loss = validation_loss(engine, method, items[:2], source, schedule, spec)
+        assert loss is not None
+        losses.append(loss)
+
+    validate()
+    for record in training_steps(engine, method, batches, schedule, spec, ema, 0, 2):
+        losses.append(record.loss)
+        validate()
+    return losses
+
+
+def test_a_validation_between_micro_steps_of_a_sharded_model_is_that_of_a_whole_one(tiny_base, tmp_path):
+    """What stage 3 fetched ahead for a backward pass is still under way when the weights of before are put back."""
+    changes = {**FULL, "optim.micro_batch": 1, "validation.timesteps": 2}
+    data(tmp_path)
+    whole, sharded = (
+        spawn(2, validated, (tiny_base, tmp_path, {**changes, "scale.zero_stage": stage}), tmp_path) for stage in (0, 3)
+    )
+    assert sharded == pytest.approx(whole, rel=2e-5)
+
+
 def all_stages(base: Path, root: Path, changes: dict[str, Any]) -> list[list[float]]:
     stages = (0, 1, 2, 3)
     return [run(base, root, override(SPEC, {**changes, "scale.zero_stage": stage}), every=99) for stage in stages]
