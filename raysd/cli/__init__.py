@@ -15,6 +15,9 @@ from raysd.errors import RaysdError
 from raysd.jobs.outcome import note
 from raysd.quiet import import_quickly, native_logs, quiet_libraries
 
+INTERRUPTED = 130
+"""What Typer makes of a KeyboardInterrupt in a verb, instead of letting it through."""
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for verbs in (train.app, plan.app, tune.app, evaluate.app, models.app, serve.app, jobs.app):
     app.add_typer(verbs)
@@ -55,7 +58,7 @@ def _run(log: Path) -> int:
     """The command's exit status. An error's traceback goes to `log`."""
     try:
         status = app(prog_name="raysd", standalone_mode=False)
-        return status if isinstance(status, int) else 0
+        return _stopped() if status == INTERRUPTED else status if isinstance(status, int) else 0
     except SystemExit as end:  # of Ray too, which makes one of a signal with its number
         return end.code if end.code in (0, 1, 2) else int(end.code is not None)
     except TyperException as error:
@@ -65,8 +68,7 @@ def _run(log: Path) -> int:
         errors.print(str(error), style="red", soft_wrap=True)
         return error.exit_status
     except KeyboardInterrupt:
-        errors.print("stopped")
-        return 1
+        return _stopped()
     except Exception as error:
         note(error)
         with log.open("a") as file:
@@ -74,6 +76,11 @@ def _run(log: Path) -> int:
         reason = (str(error).splitlines() or [""])[0][:300]
         errors.print(f"{type(error).__name__}: {reason}", style="red", soft_wrap=True)
         return 1
+
+
+def _stopped() -> int:
+    errors.print("stopped")
+    return 1
 
 
 def _misspelt(error: TyperException) -> int:

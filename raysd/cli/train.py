@@ -132,8 +132,14 @@ def _train(spec: TrainingSpec, name: str, as_json: bool) -> None:
     from raysd.train.launch import train as launch
 
     reserve_output()
-    with Watcher(quiet=as_json) as watch:
-        outcome = launch(spec, name, open_storage(), watch)
+    root = open_storage()
+    try:
+        with Watcher(quiet=as_json) as watch:
+            outcome = launch(spec, name, root, watch)
+    except KeyboardInterrupt:
+        if _is_interrupted(root, name):
+            errors.print(f"go on with run {name}: raysd runs resume {name}", soft_wrap=True)
+        raise
     record = outcome.record
     if as_json or outcome.finished:
         body = summary(record)
@@ -143,6 +149,13 @@ def _train(spec: TrainingSpec, name: str, as_json: bool) -> None:
     if not outcome.finished:
         errors.print(f"run {name} stopped at step {record.step} of {record.total}; go on: raysd runs resume {name}")
         raise typer.Exit(1)
+
+
+def _is_interrupted(root: Any, name: str) -> bool:
+    """Whether there is a run to go on with: none is written before the data are checked."""
+    from raysd.train import runs
+
+    return name in runs.names(root) and runs.read(root, name).status == "interrupted"
 
 
 def _dry_run(spec: TrainingSpec, name: str, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from raysd.storage import Storage
 from raysd.train import runs
 from raysd.train.runs import RunRecord
 from tests.base import toml
-from tests.cluster import raysd
+from tests.cluster import raysd, start
 from tests.pictures import photo
 from tests.versions import flip
 
@@ -189,6 +190,32 @@ def test_every_exit_status_is_one_that_is_documented(monkeypatch, tmp_path, code
 
     monkeypatch.setattr(cli, "app", ended)
     assert cli._run(tmp_path / "log") == status
+
+
+def test_ctrl_c_says_stopped_and_ends_in_status_1(tmp_path):
+    """Wherever it comes: here while settings are read from a pipe that says nothing."""
+    os.mkfifo(tmp_path / "endless.toml")
+    running = start("train", str(tmp_path / "endless.toml"), storage=tmp_path / "store")
+    with (tmp_path / "endless.toml").open("w"):  # from here on the verb waits for the settings
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out, err.strip()) == (1, "", "stopped")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_ctrl_c_in_a_run_says_how_to_go_on_where_there_is_one(monkeypatch, tmp_path, capfd, begun):
+    def interrupted(spec, name, root, watch):
+        if begun:
+            runs.write(runs.storage_of(root, name), RunRecord(name, {}, status="interrupted"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("RAYSD_STORAGE", str(tmp_path))
+    monkeypatch.setattr("raysd.train.launch.train", interrupted)
+    monkeypatch.setattr(sys, "argv", ["raysd", "train", "lora-demo", "--name", "cats"])
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the verb moves it
+    assert cli._run(tmp_path / "log") == 1
+    said = capfd.readouterr().err.strip().splitlines()
+    assert said == ["go on with run cats: raysd runs resume cats"] * begun + ["stopped"]
 
 
 def test_what_compiled_code_writes_is_kept_in_a_file(capfd):
