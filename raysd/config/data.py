@@ -40,7 +40,7 @@ class DataSpec(Spec):
     balance: Literal["none", "caption", "folder"] = "none"
     """Sample each caption, or each folder, equally often."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What happens to exact and near duplicates beyond the best of a group; kept ones are never split apart."""
+    """What happens to exact copies, and to near ones with the same caption, beyond the best; the split keeps them together."""
     blurry: Literal["drop", "keep"] = "keep"
     """What happens to blurred and blank pictures; they are named in the report either way."""
     outliers: Literal["drop", "keep"] = "keep"

@@ -61,7 +61,8 @@ def examine(source: Source, spec: DataSpec, progress: Progress | None = None) ->
     """What `check` does, with the pictures. Memory: about 3 KB a picture, and one decoded picture a thread."""
     readable, unreadable = _measure(source.entries, progress)
     pictures, groups = _grouped(readable, spec)
-    dropped = {p.entry.name for group in groups for p in group[1:]} if spec.duplicates == "drop" else set()
+    copies = [part for group in groups for part in _parts(group) if len(part) > 1]
+    dropped = {p.entry.name for part in copies for p in part[1:]} if spec.duplicates == "drop" else set()
     blurry, odd = _suspects([p for p in pictures if p.entry.name not in dropped], groups)
     dropped |= {finding.name for finding in blurry} if spec.blurry == "drop" else set()
     dropped |= {finding.name for finding in odd} if spec.outliers == "drop" else set()
@@ -71,7 +72,7 @@ def examine(source: Source, spec: DataSpec, progress: Progress | None = None) ->
         found=len(source.entries),
         used=len(used),
         unreadable=unreadable,
-        duplicates=tuple(_duplicates(group) for group in groups if len(group) > 1),
+        duplicates=tuple(_duplicates(part) for part in copies),
         blurry=blurry,
         outliers=odd,
         dropped=tuple(sorted(dropped)),
@@ -119,6 +120,26 @@ def _grouped(readable: Sequence[tuple[Entry, Facts]], spec: DataSpec) -> tuple[l
         pictures.append(Picture(entry, facts, keys[label], caption_of(entry.caption, spec.prompt)))
         groups.setdefault(keys[label], []).append(pictures[-1])
     return pictures, [sorted(group, key=_preference) for group in groups.values()]
+
+
+def _parts(group: Sequence[Picture]) -> list[list[Picture]]:
+    """A group in lists of one picture each: the one to keep, then those with its bytes, its caption, or none.
+
+    What looks alike to a hash of 64 bits (two letters on white) and has captions that differ is two pictures: a caption is
+    what its owner says of it.
+    """
+    parts: list[list[Picture]] = []
+    found: dict[str | None, list[Picture]] = {}
+    for picture in group:
+        about = (picture.facts.id, picture.entry.caption)
+        part = next((found[key] for key in about if key in found), None)
+        if part is None:
+            part = []
+            parts.append(part)
+            found.update(dict.fromkeys(about, part))
+            found.setdefault(None, part)
+        part.append(picture)
+    return parts
 
 
 def _preference(picture: Picture) -> tuple[bool, bool, int, str, str]:

@@ -127,10 +127,9 @@ def _left_out(report: Report, spec: DataSpec) -> Iterator[str]:
     if report.unreadable:
         names = named([f"{finding.name} ({finding.what})" for finding in report.unreadable])
         yield f"{counted(len(report.unreadable), 'unreadable picture')} left out: {names}"
-    again = sum(len(group.names) - 1 for group in report.duplicates)
+    again = [f"{name} (= {group.names[0]})" for group in report.duplicates for name in group.names[1:]]
     if again:
-        names = named([f"{group.names[1]} (= {group.names[0]})" for group in report.duplicates])
-        yield f"{counted(again, 'duplicate')} {_done(spec.duplicates)}: {names}"
+        yield f"{counted(len(again), 'duplicate')} {_done(spec.duplicates)}: {named(again)}"
     if any(group.captions_differ for group in report.duplicates):
         names = named([group.names[0] for group in report.duplicates if group.captions_differ])
         yield f"duplicates with different captions, of which the first is used: {names}"

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 from raysd.config import DataSpec
 from raysd.data import place
@@ -134,7 +134,7 @@ def test_exact_duplicates_are_dropped_or_kept(tmp_path):
 def test_near_duplicates_are_found_and_the_largest_is_kept(tmp_path, change):
     folder(tmp_path, 10, side=256)
     picture, kind, options = change(photo(3, 256))
-    put(tmp_path, f"a-copy.{kind.lower()}", picture, kind=kind, **options)
+    put(tmp_path, f"a-copy.{kind.lower()}", picture, "a photo number 3", kind, **options)
     report = run(tmp_path)
     assert len(report.duplicates) == 1
     assert set(report.duplicates[0].names) == {"p3.png", f"a-copy.{kind.lower()}"}
@@ -142,6 +142,44 @@ def test_near_duplicates_are_found_and_the_largest_is_kept(tmp_path, change):
     assert report.used == 10
     if picture.size != (256, 256):
         assert report.dropped == (f"a-copy.{kind.lower()}",)
+
+
+def letter(which):
+    picture = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(picture).text((88, 60), which, "black", ImageFont.load_default(120))
+    return picture
+
+
+def test_pictures_that_look_alike_are_kept_where_their_captions_differ(tmp_path):
+    """Their hashes and colours do not tell them apart, what is said of them does."""
+    for which in "ABCDEFGHIJKLMNOPQRSTUVWX":
+        put(tmp_path, f"{which}.png", letter(which), f"letter {which}")
+    report = run(tmp_path)
+    assert (report.used, report.duplicates, report.dropped) == (24, (), ())
+    for which in "AB":
+        put(tmp_path, f"{which}-again.jpg", letter(which), f"letter {which}", "JPEG", quality=60)
+    again = run(tmp_path)
+    assert again.used == 24
+    assert {frozenset(group.names) for group in again.duplicates} == {
+        frozenset({f"{which}.png", f"{which}-again.jpg"}) for which in "AB"
+    }
+
+
+def test_a_copy_without_a_caption_goes_and_takes_none_with_another_caption_along(tmp_path):
+    folder(tmp_path, 10, side=256)
+    put(tmp_path, "other.jpg", photo(3, 256), "quite another caption", "JPEG", quality=60)
+    (tmp_path / "bare.jpg").write_bytes(encoded(photo(3, 256), "JPEG", quality=50))
+    report = run(tmp_path)
+    assert (report.dropped, report.missing_captions) == (("bare.jpg",), ())
+
+
+def test_every_duplicate_that_goes_is_named(tmp_path):
+    folder(tmp_path, 10)
+    for copy in "abc":
+        put(tmp_path, f"{copy}.png", photo(3), "a photo number 3")
+    report = run(tmp_path)
+    assert len(report.dropped) == 3
+    assert any(all(f"{name} (= " in line for name in report.dropped) for line in report.warnings)
 
 
 def test_a_recoloured_or_mirrored_picture_is_not_a_duplicate(tmp_path):
@@ -162,7 +200,7 @@ def test_a_captioned_copy_is_preferred_to_one_without(tmp_path):
 def test_a_sharp_copy_is_preferred_to_a_blurred_larger_one(tmp_path):
     folder(tmp_path, 10, side=200)
     soft = photo(3, 200).resize((400, 400)).filter(ImageFilter.GaussianBlur(8))
-    put(tmp_path, "soft.png", soft)
+    put(tmp_path, "soft.png", soft, "a photo number 3")
     report = run(tmp_path)
     assert report.dropped == ("soft.png",)
     assert report.blurry == ()
