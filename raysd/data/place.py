@@ -57,12 +57,21 @@ def read_bytes(path: str, limit: int, store: Any = None) -> bytes:
     return body
 
 
-def walk(root: str) -> Iterator[File]:
-    """All files under a local folder or a URL, in the order of their names; hidden ones are left out.
+ODD = {"linked folder": "not followed", "broken link": "left out", "special file": "left out"}
+"""What a local folder holds besides files and folders, and what becomes of it."""
 
-    Links to folders are not followed. Raises StorageError where the store refuses.
+
+def walk(root: str) -> tuple[list[File], list[tuple[str, str]]]:
+    """All files under a local folder or a URL, in the order of their names, and (kind, name) of what is `ODD` in it.
+
+    Hidden ones are left out. Raises StorageError where the store refuses.
     """
-    yield from sorted(_local(Path(root)) if "://" not in root else _remote(root))
+    if "://" in root:
+        return sorted(_remote(root)), []
+    found = sorted((path.relative_to(root).as_posix(), path) for path in _local(Path(root)))
+    odd = {name: kind for name, path in found if (kind := _odd(path))}
+    files = [File(name, str(path), path.stat().st_size) for name, path in found if name not in odd]
+    return files, [(kind, name) for name, kind in odd.items()]
 
 
 def hidden(name: str) -> bool:
@@ -70,15 +79,23 @@ def hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
-def _local(root: Path) -> Iterator[File]:
-    for folder, _, names in os.walk(root):
-        for name in names:
+def _local(root: Path) -> Iterator[Path]:
+    """Everything but folders and what is hidden; links to folders too, which are not followed."""
+    for folder, folders, names in os.walk(root):
+        for name in (*names, *(name for name in folders if Path(folder, name).is_symlink())):
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
             if not is_text(relative):
                 raise DataError(f"{shown(relative)}: a file name that is not UTF-8; rename it")
-            if not hidden(relative) and path.is_file():
-                yield File(relative, str(path), path.stat().st_size)
+            if not hidden(relative):
+                yield path
+
+
+def _odd(path: Path) -> str | None:
+    """Its kind in `ODD`; None for a file."""
+    if path.is_file():
+        return None
+    return "linked folder" if path.is_dir() else "special file" if path.exists() else "broken link"
 
 
 def _remote(root: str) -> Iterator[File]:

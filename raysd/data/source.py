@@ -10,7 +10,7 @@ from raysd.data.archive import unpack
 from raysd.data.captions import SIDECARS, TABLES, captions
 from raysd.data.download import download, fetch
 from raysd.data.picture import MAX_BYTES, MAX_PIXELS, SUFFIXES, read_picture
-from raysd.data.place import File, locate, walk
+from raysd.data.place import ODD, File, locate, walk
 from raysd.errors import DataError
 from raysd.storage import Storage
 from raysd.words import counted, named, shown
@@ -51,7 +51,7 @@ def open_source(source: str, uploads: Storage) -> Source:
     if not source.strip() or "\0" in source:
         raise DataError("data.source is empty; name a folder, a zip, a URL or `sample`")
     if source == "sample":
-        return _source(list(walk(str(_sample()))), source)
+        return _source(*walk(str(_sample())), origin=source)
     scheme = source.split("://", 1)[0].lower() if "://" in source else ""
     if scheme in ("http", "https"):
         return _from_web(source, uploads)
@@ -88,7 +88,7 @@ def _from_web(url: str, uploads: Storage) -> Source:
     with tempfile.TemporaryDirectory(prefix="raysd-") as folder:
         archive = Path(folder, "source.zip")
         download(url, archive)
-        return _source(unpack(archive, uploads, public(url)), public(url))
+        return _source(unpack(archive, uploads, public(url)), origin=public(url))
 
 
 def _from_store(url: str, uploads: Storage) -> Source:
@@ -96,29 +96,36 @@ def _from_store(url: str, uploads: Storage) -> Source:
         raise DataError(f"{public(url)}: chained URLs (::) are not read; copy the data to one place")
     store, inner = locate(url)
     if not inner.lower().endswith(".zip"):
-        return _source(list(walk(url)), public(url))
+        return _source(*walk(url), origin=public(url))
     with tempfile.TemporaryDirectory(prefix="raysd-") as folder:
         archive = Path(folder, "source.zip")
         fetch(store, inner, archive, public(url))
-        return _source(unpack(archive, uploads, public(url)), public(url))
+        return _source(unpack(archive, uploads, public(url)), origin=public(url))
 
 
 def _from_disk(source: str, uploads: Storage) -> Source:
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        return _source(list(walk(str(path))), shown(source, 200))
+        return _source(*walk(str(path)), origin=shown(source, 200))
     if path.is_file():
-        return _source(unpack(path, uploads, shown(source, 200)), shown(source, 200))
+        return _source(unpack(path, uploads, shown(source, 200)), origin=shown(source, 200))
     raise DataError(f"{shown(source, 200)}: no such folder or zip (data.source takes these, a URL, or `sample`)")
 
 
-def _source(files: Sequence[File], origin: str) -> Source:
+def _source(files: Sequence[File], odd: Sequence[tuple[str, str]] = (), *, origin: str) -> Source:
     pictures = [file for file in files if file.name.lower().endswith(SUFFIXES)]
     if not pictures:
-        raise DataError(f"{origin}: no JPEG, PNG or WebP in it ({counted(len(files), 'other file')})")
+        rest = "; ".join([counted(len(files), "other file"), *_odd_notes(odd)])
+        raise DataError(f"{origin}: no JPEG, PNG or WebP in it ({rest})")
     said = captions(files, pictures)
     entries = [Entry(f.path, f.name, said.get(f.name), posixpath.dirname(f.name)) for f in pictures]
-    return Source(entries, origin, _notes(files, pictures))
+    return Source(entries, origin, [*_notes(files, pictures), *_odd_notes(odd)])
+
+
+def _odd_notes(odd: Sequence[tuple[str, str]]) -> list[str]:
+    """What is no file: a linked folder may hold the pictures, a broken link may stand for one."""
+    kinds = {kind: [name for found, name in odd if found == kind] for kind in ODD}
+    return [f"{counted(len(names), kind)} {ODD[kind]}: {named(names)}" for kind, names in kinds.items() if names]
 
 
 def _notes(files: Sequence[File], pictures: Sequence[File]) -> list[str]:

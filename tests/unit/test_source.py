@@ -59,6 +59,29 @@ def test_a_folder_is_listed_by_name_and_what_is_not_used_is_said(tmp_path, uploa
     assert "MACOSX" not in notes
 
 
+def test_links_and_special_files_are_named(tmp_path, uploads):
+    root, other = folder(tmp_path / "set", 2), folder(tmp_path / "other", 3)
+    (root / "linked.png").symlink_to(other / "p2.png")
+    (root / "more").symlink_to(other)
+    (root / "annexed.png").symlink_to(root / ".git" / "annex" / "gone")
+    (root / ".away").symlink_to(other)
+    os.mkfifo(root / "pipe.png")
+    source = open_source(str(root), uploads)
+    assert [e.name for e in source.entries] == ["linked.png", "p0.png", "p1.png"]
+    assert source.notes == [
+        "1 linked folder not followed: more",
+        "1 broken link left out: annexed.png",
+        "1 special file left out: pipe.png",
+    ]
+
+
+def test_a_folder_of_nothing_but_a_linked_folder_says_so(tmp_path, uploads):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "pictures").symlink_to(folder(tmp_path / "other", 3))
+    with pytest.raises(DataError, match=r"0 other files; 1 linked folder not followed: pictures"):
+        open_source(str(tmp_path / "set"), uploads)
+
+
 @pytest.mark.parametrize("inner", ["", "top/", "a/b/c/"])
 def test_a_zip_of_any_inner_structure_becomes_readable_files(tmp_path, uploads, inner):
     body = encoded(photo(1))
