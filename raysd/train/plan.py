@@ -15,6 +15,7 @@ from raysd.data.dataset import Dataset, Example
 from raysd.references import Located, identity
 from raysd.storage import Storage
 from raysd.train.batches import Item
+from raysd.words import counted, named
 
 FILE = "plan.json"
 
@@ -61,6 +62,22 @@ def make_plan(dataset: Dataset, located: Located, spec: TrainingSpec) -> Plan:
         base_digest=identity(folder),
         base=located.ref,
     )
+
+
+def cut_captions(dataset: Dataset, located: Located) -> str | None:
+    """A warning where captions are longer than the text encoder reads: it never sees the rest of them."""
+    family, folder = located.family, located.folder
+    most, _ = family.text_shape(folder)
+    examples = sorted((*dataset.train, *dataset.validation), key=lambda example: example.name)
+    # A token is a byte at least, and two are the ends: for short captions no tokenizer is imported.
+    doubtful = list({e.caption for e in examples if len(e.caption.lower().encode()) > most - 2})
+    if not doubtful:
+        return None
+    tokens = family.tokenizer(folder)(doubtful, truncation=False, verbose=False).input_ids
+    long = {caption for caption, ids in zip(doubtful, tokens, strict=True) if len(ids) > most}
+    cut = [example.name for example in examples if example.caption in long]
+    what = f"cut to the {most} tokens that the text encoder reads"
+    return f"{counted(len(cut), 'caption')} {what}: {named(cut)}" if cut else None
 
 
 def base_of(spec: TrainingSpec, plan: Plan | None) -> str:

@@ -15,7 +15,7 @@ from raysd.references import Located, locate
 from raysd.storage import Storage
 from raysd.train import runs
 from raysd.train.follow import Watch, tell
-from raysd.train.plan import Plan, make_plan, total_steps
+from raysd.train.plan import Plan, cut_captions, make_plan, total_steps
 from raysd.train.runs import RunRecord
 from raysd.train.track import require_trackers
 
@@ -79,6 +79,7 @@ def plan_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) 
 
     dataset = prepare(spec.data, root, count)
     watch({"kind": "data", "report": dataset.report})
+    tell(watch, cut_captions(dataset, located))
     return make_plan(dataset, located, spec)
 
 

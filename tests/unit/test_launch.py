@@ -23,6 +23,7 @@ from raysd.train.link import Link, Reporter
 from raysd.train.request import existing_run, preview
 from raysd.train.runs import RunRecord
 from tests.base import toml
+from tests.pictures import folder
 from tests.versions import safetensors
 
 
@@ -75,6 +76,18 @@ def test_a_cluster_that_does_not_answer_is_said_before_anything_is_written(root,
     with pytest.raises(RequestError, match="RAY_ADDRESS nowhere"):
         command(spec, "run", root, quiet)
     assert root.list() == []
+
+
+def test_captions_that_the_text_encoder_cuts_are_named(root, spec, tmp_path):
+    """The tiny base's reads 24 tokens, of which two are the ends."""
+    pictures = folder(tmp_path / "pictures", 6)
+    (pictures / "p1.txt").write_text("a " * 23)
+    (pictures / "p2.txt").write_text("a " * 22)
+    (pictures / "p4.txt").write_text("a " * 500)
+    told = []
+    preview(override(spec, {"data.source": str(pictures)}), "cats", root, told.append)
+    notices = [event["text"] for event in told if event["kind"] == "notice"]
+    assert notices == ["2 captions cut to the 24 tokens that the text encoder reads: p1.png, p4.png"]
 
 
 def begun(root, spec, **changes):
