@@ -36,7 +36,7 @@ class Field(NamedTuple):
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises SpecError naming the file and the line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Notepad begins a file with a mark
     except FileNotFoundError:
         raise SpecError(f"{path}: no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:

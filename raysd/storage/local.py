@@ -100,7 +100,8 @@ class Local:
         return sorted(self._entries(self.file(prefix) if prefix else self.root, recursive))
 
     def delete(self, path: str) -> None:
-        self.file(path).unlink(missing_ok=True)
+        with suppress(NotADirectoryError):
+            self.file(path).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
         for last in (False, False, True):
@@ -151,7 +152,7 @@ class Local:
     def _temporary(self, path: str) -> Iterator[tuple[Path, BinaryIO]]:
         """A new hidden file beside `path`, with the user's umask; it is gone afterwards unless it was renamed."""
         folder = self.file(path).parent
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
         temporary = folder / f"{HIDDEN}tmp-{uuid.uuid4().hex}"
         try:
             with temporary.open("xb") as target:
@@ -176,6 +177,14 @@ class Local:
             if target.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
             os.replace(temporary, target)
+
+
+def _make(folder: Path) -> None:
+    """Raises StorageError where there can be no such folder: as a write's error it would read as an object's absence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise StorageError(f"{folder}: cannot be made a folder ({error.strerror}): set RAYSD_STORAGE") from error
 
 
 @contextmanager

@@ -39,6 +39,8 @@ class Storage:
         protocol, rest = split_protocol(given)
         if protocol in (None, "file", "local"):
             self.url = str(Path(rest).expanduser().absolute())
+            if not url:
+                _require_folder(Path(self.url))
         else:
             self.url = f"{protocol}://{rest.strip('/')}"
         self.deadline = deadline
@@ -258,6 +260,13 @@ class Storage:
 
 def _reopen(url: str, deadline: float) -> Storage:
     return Storage(url, deadline=deadline)
+
+
+def _require_folder(root: Path) -> None:
+    """Raises RequestError where `root` is no folder and cannot become one: to read it would find nothing, in silence."""
+    there = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise RequestError(f"RAYSD_STORAGE {there} is not a folder: give one, or s3://bucket/folder")
 
 
 def _backend(url: str) -> Backend:

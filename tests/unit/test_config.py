@@ -76,6 +76,11 @@ def test_override_sets_paths_with_hyphens_and_text_values(spec):
     assert spec.optim.lr == 1e-4
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "a.toml").write_text('base = "x"', encoding="utf-8-sig")
+    assert read_toml(tmp_path / "a.toml") == {"base": "x"}
+
+
 def test_text_fields_stay_text(spec):
     assert override(spec, {"data.prompt": "1234"}).data.prompt == "1234"
     assert override(spec, {"base": "true"}).base == "true"

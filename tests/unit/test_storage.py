@@ -43,6 +43,25 @@ def test_an_object_is_read_as_it_was_written(store: Storage) -> None:
             missing("gone")
 
 
+@pytest.mark.parametrize("inner", ["", "inner"])
+def test_a_root_that_is_no_folder_is_refused_before_it_looks_empty(monkeypatch, tmp_path, inner):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("RAYSD_STORAGE", str(tmp_path / "file" / inner))
+    with pytest.raises(RequestError, match=f"RAYSD_STORAGE {tmp_path}/file is not a folder"):
+        Storage()
+    (tmp_path / "file").unlink()
+    assert Storage().list() == []
+
+
+@pytest.mark.parametrize("root", ["file", "file/inner", "/proc/nope"])
+def test_a_write_into_what_can_be_no_folder_names_the_folder(tmp_path, root):
+    (tmp_path / "file").write_text("x")
+    store = Storage(str(tmp_path / root))
+    for work in (lambda: store.write("a", b"1"), lambda: store.create("a", b"1"), store.require_swap):
+        with pytest.raises(StorageError, match=f"{root}: cannot be made a folder .*: set RAYSD_STORAGE"):
+            work()
+
+
 def test_create_refuses_what_exists_and_nothing_at_all(store: Storage) -> None:
     store.create("a", b"one")
     for again in (b"one", b"two"):
