@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from raysd.errors import IntegrityError, NotFound, RequestError
 from raysd.models import INDEX, Family, components, family_of, family_of_file, is_adapter, is_part, is_parts_name, named
+from raysd.models.folder import check_folder
 from raysd.registry import Registry, Version
 from raysd.registry.files import cache_folder, ensure
 from raysd.registry.records import blob_path
@@ -33,9 +34,10 @@ class Located:
         return family_of(self.folder)
 
 
-def locate(ref: str, storage: Storage) -> Located:
-    """Find a model; a registered version's files are checked against their digests.
+def locate(ref: str, storage: Storage, whole: bool = True) -> Located:
+    """Find a model; a registered version's files are checked against their digests, another's by `check_folder`.
 
+    Without `whole` a folder of configurations will do.
     Raises NotFound, RequestError (not a model), IntegrityError (not the bytes that were published).
     """
     if ref == "tiny-sd":
@@ -47,13 +49,14 @@ def locate(ref: str, storage: Storage) -> Located:
         return Located(str(path.resolve()), _single_file(path))
     # A word alone may also be a model of the registry, beside a folder of that name which holds its pictures.
     if path.is_dir() and ("/" in ref or ref.startswith((".", "~")) or (path / INDEX).exists()):
-        family_of(path)
-        _refuse_pickles(path)
+        check_folder(path, ref) if whole else family_of(path)
         return Located(str(path.resolve()), path.resolve())
     if ref.startswith((".", "/", "~")):
         raise NotFound(f"{ref}: no such folder")
     if "/" in ref and "@" not in ref and ":" not in ref:
-        return Located(ref, _hub(ref))
+        folder = _hub(ref)
+        check_folder(folder, ref)
+        return Located(ref, folder)
     return _registered(Registry(storage).resolve(ref), storage)
 
 
@@ -84,15 +87,6 @@ def identity_of(version: Version, storage: Storage) -> str:
     parts = {INDEX, *named(local.read_bytes())}
     lines = [f"{path} {files[path].sha256}" for path in sorted(files) if path.parts[0] in parts and is_parts_name(path)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _refuse_pickles(folder: Path) -> None:
-    for name in components(folder):
-        if list(folder.glob(f"{name}/*.bin")) and not list(folder.glob(f"{name}/*.safetensors")):
-            raise RequestError(
-                f"{folder}: {name} has pickled weights (.bin) alone, which are not loaded; convert them: "
-                "DiffusionPipeline.from_pretrained(folder).save_pretrained(other, safe_serialization=True)"
-            )
 
 
 def _registered(version: Version, storage: Storage) -> Located:

@@ -45,7 +45,7 @@ def family_of(folder: Path) -> Family:
     """The family of a diffusers folder, by the pipeline class its model_index.json names. Raises RequestError."""
     try:
         pipeline = json.loads((folder / INDEX).read_text())["_class_name"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise RequestError(f"{folder}: not a diffusers model (no readable {INDEX})") from None
     for family in FAMILIES.values():
         if pipeline in family.pipelines:

@@ -142,7 +142,7 @@ def configurations(ref: str, storage: Storage) -> Path:
         return _from_hub(ref)
     from raysd.references import locate
 
-    located = locate(ref, storage)
+    located = locate(ref, storage, whole=False)
     if located.lora is not None:
         raise RequestError(f"base {ref}: holds an adapter, not a whole model; plan with its base, or a full version")
     return located.folder

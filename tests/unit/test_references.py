@@ -115,11 +115,105 @@ def test_what_is_no_part_of_a_model_does_not_change_what_it_is(tiny_base, tmp_pa
     assert identity(base) != identity(tiny_base)
 
 
+DENOISER = "unet/diffusion_pytorch_model.safetensors"
+
+
+def _move(base, old, new):
+    (base / old).rename(base / new)
+
+
+def _fp16_alone(base):
+    _move(base, DENOISER, DENOISER.replace(".safetensors", ".fp16.safetensors"))
+
+
+def _cut(base):
+    (base / DENOISER).write_bytes((base / DENOISER).read_bytes()[:-100])
+
+
+def _pointer(base):
+    (base / DENOISER).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4464800\n")
+
+
+def _empty_vocabulary(base):
+    file = base / "tokenizer" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": {"type": "BPE", "vocab": {}, "merges": []}}))
+
+
+def _no_shard(base):
+    _shard(base)
+    next((base / "unet").glob("*-of-00002.safetensors")).unlink()
+
+
+def _shard(base):
+    """As diffusers writes weights of more than 10 GB."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    (base / DENOISER).unlink()
+    total = sum(parameter.numel() for parameter in unet.parameters()) * 4
+    unet.save_pretrained(base / "unet", max_shard_size=total * 2 // 3)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda base: (base / "tokenizer/tokenizer.json").unlink(), "tokenizer/tokenizer.json is missing or holds no"),
+        (lambda base: shutil.rmtree(base / "tokenizer"), "tokenizer/tokenizer.json is missing or holds no vocabulary"),
+        (_empty_vocabulary, "tokenizer/tokenizer.json is missing or holds no vocabulary"),
+        (lambda base: shutil.rmtree(base / "scheduler"), "scheduler/scheduler_config.json is missing or not readable"),
+        (lambda base: (base / "unet/config.json").unlink(), "unet/config.json is missing or not readable"),
+        (lambda base: (base / "vae/config.json").write_text("[]"), "vae/config.json is missing or not readable"),
+        (
+            lambda base: (base / "text_encoder/model.safetensors").unlink(),
+            "text_encoder/model.safetensors is missing: ",
+        ),
+        (lambda base: (base / DENOISER).unlink(), f"{DENOISER} is missing: put the model's own there"),
+        (lambda base: (base / DENOISER).write_bytes(b""), f"{DENOISER} is damaged or cut short"),
+        (_cut, f"{DENOISER} is damaged or cut short"),
+        (_pointer, f"{DENOISER} is damaged or cut short.*git lfs pull"),
+        (_fp16_alone, rf"{DENOISER} is missing, and .fp16 files are not read; convert them:\n.*variant='fp16'\)"),
+        (_no_shard, "unet/diffusion_pytorch_model-0000[12]-of-00002.safetensors is missing"),
+        (lambda base: (base / "model_index.json").write_text("[]"), "not a diffusers model"),
+    ],
+)
+def test_a_base_that_would_not_train_is_refused_by_its_file(tiny_base, storage, tmp_path, harm, said):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    harm(base)
+    with pytest.raises(RequestError, match=said) as refused:
+        locate(str(base), storage)
+    assert str(base) in str(refused.value)
+    assert len(str(refused.value).splitlines()) <= 3
+
+
+def test_a_base_in_other_layouts_that_the_libraries_load_is_taken(tiny_base, storage, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    _shard(base)
+    model = json.loads((base / "tokenizer/tokenizer.json").read_text())["model"]
+    (base / "tokenizer/vocab.json").write_text(json.dumps(model["vocab"]))
+    (base / "tokenizer/merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in model["merges"]))
+    (base / "tokenizer/tokenizer.json").unlink()
+    located = locate(str(base), storage)
+    family = located.family
+    ours, theirs = (family.tokens(family.tokenizer(folder), ["a red circle"]) for folder in (located.folder, tiny_base))
+    assert torch.equal(ours, theirs)
+    assert torch.equal(family.denoiser(base).conv_in.weight, family.denoiser(tiny_base).conv_in.weight)
+
+
+def test_a_folder_of_configurations_will_do_where_nothing_is_loaded(tiny_base, storage, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert locate(str(base), storage, whole=False).folder == base
+    with pytest.raises(RequestError, match="is missing"):
+        locate(str(base), storage)
+
+
 def test_pickled_weights_are_refused_with_what_to_do(tiny_base, storage, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
     weights = next((base / "vae").glob("*.safetensors"))
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(RequestError, match="vae has pickled weights") as refused:
+    with pytest.raises(RequestError, match=r"vae/.* is missing, and pickled weights \(.bin\)") as refused:
         locate(str(base), storage)
     assert len(str(refused.value).splitlines()) <= 3
