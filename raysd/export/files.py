@@ -9,6 +9,7 @@ from torch import Tensor, tensor
 
 from raysd.errors import RequestError
 from raysd.methods.full import copy_model
+from raysd.models.weights import sort_header
 from raysd.references import locate
 from raysd.storage import Storage
 
@@ -49,6 +50,7 @@ def export_kohya(ref: str, root: Storage, file: Path) -> None:
         "modelspec.title": located.ref,
     }
     save_file(kohya_tensors(load_file(located.lora), alpha), file, metadata=header)
+    sort_header(file)
 
 
 def kohya_tensors(weights: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ class Family(Protocol):
     def save_lora(self, tensors: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
         """Write adapter tensors (names below the denoiser, `….lora_A.weight`) as the file that diffusers loads.
 
-        Its name ends in `ADAPTER_ENDING`.
+        Its name ends in `ADAPTER_ENDING`. Equal tensors and metadata are equal bytes, in any process.
         """
         ...
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from raysd.errors import RequestError
 from raysd.models.base import ADAPTER_ENDING, Geometry, NoiseSchedule
+from raysd.models.weights import sort_header
 
 LORA_FILE = f"pytorch_{ADAPTER_ENDING}"
 CLIP_TOKENS = 77
@@ -142,9 +143,12 @@ class StableDiffusion:
     def save_lora(self, tensors: dict[str, Tensor], metadata: dict[str, Any], folder: Path) -> None:
         from diffusers import StableDiffusionPipeline
 
+        # peft has the targets in a set, whose order is another in each process.
+        ordered = {name: sorted(value) if isinstance(value, set) else value for name, value in metadata.items()}
         StableDiffusionPipeline.save_lora_weights(
-            folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata, weight_name=LORA_FILE
+            folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=ordered, weight_name=LORA_FILE
         )
+        sort_header(folder / LORA_FILE)
 
     def lora_config(self, lora: Path) -> dict[str, Any]:
         with safe_open(lora, "pt") as file:
