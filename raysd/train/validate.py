@@ -71,6 +71,9 @@ def pictures(engine: Engine, folder: Any, spec: TrainingSpec, beat: Callable[[],
     modules = dict(module.named_modules())
     components = {part: modules[name] for name, part in module.family.trained_parts if name in modules}
     pipeline = module.family.pipeline(folder, **components).to(engine.device)
+    if spec.loss.prediction != "base":  # as the published version's scheduler will say
+        scheduler = pipeline.scheduler
+        pipeline.scheduler = scheduler.from_config(scheduler.config, prediction_type=spec.loss.prediction)
     prompts = list(spec.validation.prompts)
     seeds = [torch.Generator().manual_seed(PICTURE_SEED + n) for n in range(len(prompts))]
     module.eval()

@@ -10,6 +10,7 @@ import torch
 
 from raysd.config import TrainingSpec, load, override
 from raysd.methods import METHODS, TrainedModule
+from raysd.models.sd import StableDiffusion
 from raysd.train import validate
 from raysd.train.memory import is_out_of_memory, memory_advice
 from raysd.train.worker import Worker
@@ -118,6 +119,28 @@ def test_pictures_are_drawn_with_what_is_trained_where_the_family_has_it(text):
     engine = SimpleNamespace(module=module, device=torch.device("cpu"))
     assert validate.pictures(engine, None, override(SPEC, {"validation.prompts": ["x"]})) == ["x"]
     assert seen == {"transformer": denoiser, **({"text_encoder_2": encoder} if text else {})}
+
+
+@pytest.mark.parametrize("prediction", ["base", "v_prediction"])
+def test_pictures_are_drawn_by_what_the_module_learns_to_predict(tiny_base, monkeypatch, prediction):
+    """As the pictures of the version will be, whose scheduler says it."""
+    drawn: list[object] = []
+
+    class Watched(StableDiffusion):
+        def pipeline(self, *given, **components):
+            drawn.append(super().pipeline(*given, **components))
+            return drawn[-1]
+
+    monkeypatch.setattr(validate, "PICTURE_STEPS", 1)
+    spec = override(SPEC, {"method.kind": "full", "loss.prediction": prediction, "validation.prompts": ["x"]})
+    engine = SimpleNamespace(module=METHODS["full"].build(Watched(), tiny_base, spec), device=torch.device("cpu"))
+    assert len(validate.pictures(engine, tiny_base, spec)) == 1
+    [pipeline] = drawn
+    wanted = {name: value for name, value in Watched().scheduler_config(tiny_base).items() if name[0] != "_"}
+    assert wanted["prediction_type"] == "epsilon"
+    if prediction != "base":
+        wanted["prediction_type"] = prediction
+    assert {name: pipeline.scheduler.config[name] for name in wanted} == wanted
 
 
 def test_a_long_validation_is_not_taken_for_a_hang(monkeypatch):
