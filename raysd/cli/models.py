@@ -1,5 +1,6 @@
 """`raysd models`, `raysd generate` and `raysd export`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -128,19 +129,37 @@ def generate(
     """Draw pictures with a model."""
     if to.suffix.lower() != ".png":
         raise RequestError(f"--out {to}: name a .png file")
+    from raysd.data.words import is_text, shown
     from raysd.draw import MAX_SEED, Request, draw, save_png
     from raysd.references import locate
 
     if seed + count - 1 > MAX_SEED:
         raise RequestError(f"--seed {seed}: at most {MAX_SEED - count + 1} with --count {count}")
+    for option, text in (("--prompt", prompt), ("--negative", negative or "")):
+        if not is_text(text):
+            raise RequestError(f"{option} {shown(text)}: is not UTF-8")
     located = locate(ref, open_storage())
+    paths = [to if count == 1 else to.with_stem(f"{to.stem}-{number + 1}") for number in range(count)]
+    _check_writable(paths)
     request = Request(prompt, negative, seed, steps, guidance, count)
     with Watcher() as watch:
         images = draw(located, [request], lambda d, n: watch({"kind": "count", "text": "draw", "done": d, "of": n}))
-    for number, image in enumerate(images):
-        path = to if count == 1 else to.with_stem(f"{to.stem}-{number + 1}")
+    for number, (image, path) in enumerate(zip(images, paths, strict=True)):
         save_png(image, path, located, request.of(number))
         out.print(str(path), soft_wrap=True)
+
+
+def _check_writable(paths: Sequence[Path]) -> None:
+    """Before minutes of drawing. Each is opened, as permissions alone say too little; what was not there goes again."""
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()
+        except OSError as error:
+            raise RequestError(f"--out {path}: cannot be written: {error.strerror}") from None
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from raysd import cli
+from raysd.cli.models import generate
 from raysd.cli.specs import dotted, recipe_of
 from raysd.config import override
 from raysd.errors import RequestError
@@ -50,6 +51,7 @@ def refused(done):
         (["runs", "shwo"], "No such command 'shwo'"),
         (["generate", "tiny-sd"], "Missing option '--prompt'"),
         (["generate", "tiny-sd", "--prompt", "x", "--out", "x.gif"], "--out x.gif: name a .png file"),
+        (["generate", "tiny-sd", "--prompt", "a\udcff", "--out", "x.png"], "--prompt a : is not UTF-8"),
         (
             ["generate", "tiny-sd", "--prompt", "x", "--out", "x.png", "--seed", str(2**63 - 1), "--count", "2"],
             f"--seed {2**63 - 1}: at most {2**63 - 2} with --count 2",
@@ -63,6 +65,19 @@ def refused(done):
 def test_a_wrong_request_is_named(words, message, tmp_path):
     assert message in refused(raysd(*words, storage=tmp_path / "store"))
     assert not (tmp_path / "store").exists(), "nothing was written"
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
+    from raysd import draw
+
+    monkeypatch.setattr(draw, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setenv("RAYSD_STORAGE", str(tmp_path / "store"))
+    (tmp_path / "file").touch()
+    (tmp_path / "x-2.png").mkdir()
+    for place, said in (("file/x.png", r"file/x-1\.png: cannot be written"), ("x.png", r"x-2\.png: .*Is a directory")):
+        with pytest.raises(RequestError, match=said):
+            generate("tiny-sd", "x", tmp_path / place, count=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "x-2.png"]
 
 
 def test_the_verbs_of_a_registry(registry, put, tmp_path):
