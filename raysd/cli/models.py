@@ -129,9 +129,9 @@ def generate(
     """Draw pictures with a model."""
     if to.suffix.lower() != ".png":
         raise RequestError(f"--out {to}: name a .png file")
-    from raysd.data.words import is_text, shown
     from raysd.draw import MAX_SEED, Request, draw, save_png
     from raysd.references import locate
+    from raysd.words import is_text, shown
 
     if seed + count - 1 > MAX_SEED:
         raise RequestError(f"--seed {seed}: at most {MAX_SEED - count + 1} with --count {count}")
