@@ -12,7 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,12 @@ class Progress:
     stale: int = 0  # validations since the best one
     last: float | None = None  # newest validation loss
     base_loss: float | None = None  # validation loss before the first step
+
+    def judged(self, loss: float) -> "Progress":
+        """After a validation at this step."""
+        if self.best is None or loss < self.best:
+            return replace(self, last=loss, best=loss, best_step=self.step, stale=0)
+        return replace(self, last=loss, stale=self.stale + 1)
 
     def exhausts(self, patience: int | None) -> bool:
         """Whether so many validations brought no improvement; never without a `patience`."""

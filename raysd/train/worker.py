@@ -220,12 +220,7 @@ class Worker:
             return progress
         loss = self._validate(record.step)
         self._draw(record.step)
-        if loss is None:
-            return progress
-        progress = replace(progress, last=loss)
-        if progress.best is None or loss < progress.best:
-            return replace(progress, best=loss, best_step=record.step, stale=0)
-        return replace(progress, stale=progress.stale + 1)
+        return progress if loss is None else progress.judged(loss)
 
     def _validate(self, step: int) -> float | None:
         def measure() -> float | None:

@@ -20,9 +20,10 @@ from raysd.evaluate.prompts import Prompt
 from raysd.lease import holder
 from raysd.storage import Storage
 from raysd.train import runs
+from raysd.train.checkpoint import Progress
 from raysd.train.hang import EXIT
 from raysd.train.launch import Outcome, train
-from raysd.train.plan import Plan
+from raysd.train.plan import Plan, total_steps
 from raysd.tune import records
 from raysd.tune.records import TrialRecord, cost_of
 from raysd.tune.scoring import score_run, wanted
@@ -64,6 +65,8 @@ def settings(job: Job, values: dict[str, Any]) -> TrainingSpec:
 class SearchTrial(tune.Trainable):
     """Trains in a thread; each `step` waits for the next validation.
 
+    The last validation and the end are one result: nobody is to stop a trial that has nothing left but its scores.
+
     Trials of one worker train in this very process, which goes from trial to trial: what a worker imports takes it longer
     than many a trial's steps. Those of several workers have a worker group each.
 
@@ -97,7 +100,8 @@ class SearchTrial(tune.Trainable):
             if self.past:
                 report = self.past.pop(0)
                 whole = not self.past and (self.twin or self.record.status in records.WHOLE)
-                return self._result(report, over=whole)
+                if whole or self.past or not self._trained():
+                    return self._result(report, over=whole)
             kind, value = self.events.get()
             if kind == "twin":
                 self._take_over(value)
@@ -106,7 +110,7 @@ class SearchTrial(tune.Trainable):
                 continue
             if kind == "end":
                 return self._ended(value)
-            if self._reported(value):
+            if self._reported(value) and not self._trained():
                 return self._result(self.record.reports[-1], over=False)
 
     def cleanup(self) -> None:
@@ -226,6 +230,17 @@ class SearchTrial(tune.Trainable):
         }
         self._write(reports=(*self.record.reports, report))
         return True
+
+    def _trained(self) -> bool:
+        """Whether the run's last validation is among the reports, so that its end is what comes next.
+
+        Where trials are stopped they all have the same number of pictures: `check_space` lets nothing vary that changes it.
+        """
+        progress = Progress()
+        for report in self.record.reports:
+            progress = replace(progress, step=int(report["step"])).judged(report["validation_loss"])
+        ended = progress.step >= total_steps(self.spec, self.job.pictures)
+        return ended or progress.exhausts(self.spec.validation.patience)
 
     def _ended(self, how: Any) -> dict[str, Any]:
         """`how`: the scores of a trial that finished, "interrupted", or what it raised."""

@@ -77,6 +77,40 @@ def test_the_scheduler_goes_by_the_best_loss_so_far_and_the_record_by_what_was_m
     assert [result["validation_loss"] for result in again] == expected, "replayed to a new scheduler"
 
 
+LENGTHS = {
+    "all its steps": {"optim.steps": len(LOSSES)},
+    "its patience": {"validation.patience": 1, "optim.steps": 99},
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_trial_that_trained_to_its_end_is_over_with_its_last_validation(job, monkeypatch, length):
+    """Else a rung there would stop it, and a trial that lacks nothing but its scores would have none."""
+    whole = replace(job, training=override(job.training, LENGTHS[length]))
+    monkeypatch.setattr(SearchTrial, "_scores", lambda self: {"kid": 0.25})
+    losses = LOSSES if length == "all its steps" else LOSSES[:3]
+
+    def whole_run(spec, name, root, watch, plan, asked, here):
+        for step, loss in enumerate(losses, 1):
+            watch({"kind": "validation", "step": step, "validation_loss": loss})
+        return SimpleNamespace(finished=True)
+
+    told = results(whole, monkeypatch, whole_run)
+    assert [result[OVER] for result in told] == [False] * (len(losses) - 1) + [True]
+    assert record_of(job).reports[-1]["kid"] == 0.25
+    assert [result[OVER] for result in results(whole, monkeypatch, never)] == [result[OVER] for result in told]
+
+
+def test_a_trial_that_lacked_its_scores_when_the_search_ended_is_over_with_them(job, monkeypatch):
+    whole = replace(job, training=override(job.training, {"optim.steps": len(LOSSES)}))
+    monkeypatch.setattr(SearchTrial, "_scores", lambda self: {})
+    results(whole, monkeypatch, trains)
+    store = records.storage_of(Storage(job.root), "s")
+    records.write_trial(store, replace(record_of(job), status="interrupted"))
+    told = results(whole, monkeypatch, lambda *_: SimpleNamespace(finished=True))
+    assert [result[OVER] for result in told] == [False] * (len(LOSSES) - 1) + [True]
+
+
 def test_a_trial_that_runs_out_of_memory_is_over_with_a_reason_and_the_worst_of_all(job, monkeypatch):
     def short(spec, name, root, watch, plan, asked, here):
         watch({"kind": "validation", "step": 1, "validation_loss": 0.5})
