@@ -208,7 +208,7 @@ class Driver:
                     tune.with_parameters(SearchTrial, job=job),
                     tune.PlacementGroupFactory([self._bundle(here)]),
                 ),
-                param_space=None if self.spec.searcher.kind == "optuna" else ray_space(self.spec),
+                param_space=ray_space(self.spec) if self.spec.searcher.kind == "random" else None,
                 tune_config=self._tune_config(),
                 run_config=tune.RunConfig(
                     name=self.record.name,
@@ -245,8 +245,7 @@ class Driver:
         spec = self.spec
         metrics = list(spec.objective)
         one = {"metric": metrics[0], "mode": "min"} if len(metrics) == 1 else {}
-        searcher: Any = None
-        samples, points = spec.trials, None
+        searcher: Any
         if spec.searcher.kind == "optuna":
             import optuna
             from ray.tune.search.optuna import OptunaSearch
@@ -258,19 +257,18 @@ class Driver:
             seed = spec.searcher.seed + len(tried)
             searcher = OptunaSearch(space=optuna_space(spec), seed=seed, points_to_evaluate=tried or None, **both)
         elif spec.searcher.kind == "grid":
-            points = grid_points(spec)
-            samples = len(points)
-        if searcher is None:
+            from raysd.tune.grid import Grid
+
+            searcher = Grid(grid_points(spec))
+        else:
             from ray.tune.search.basic_variant import BasicVariantGenerator
 
-            searcher = BasicVariantGenerator(
-                points_to_evaluate=points, random_state=spec.searcher.seed, max_concurrent=self.room.trials
-            )
+            searcher = BasicVariantGenerator(random_state=spec.searcher.seed, max_concurrent=self.room.trials)
         return tune.TuneConfig(
             search_alg=searcher,
             scheduler=_scheduler(spec, self._most_epochs()),
-            num_samples=samples,
-            max_concurrent_trials=self.room.trials if spec.searcher.kind == "optuna" else None,
+            num_samples=spec.trials,
+            max_concurrent_trials=None if spec.searcher.kind == "random" else self.room.trials,
             reuse_actors=True,
             **({} if spec.scheduler.kind != "none" else one),
         )

@@ -210,6 +210,28 @@ def test_a_search_that_goes_on_gives_optuna_what_was_tried_and_tries_something_e
     assert len({values["optim.lr"] for values in second}) == 4
 
 
+def test_each_point_of_a_grid_is_a_trial_though_its_values_are_lists(tmp_path):
+    """As Ray Tune makes trials of them, in the same order whenever the search goes on."""
+    from ray.tune import Trainable
+    from ray.tune.experiment import Experiment
+    from ray.tune.search import SearchGenerator
+
+    values = {"optim.betas": [[0.9, 0.99], [0.9, 0.999]], "scale.workers": [[1, 2], 2], "scale.compile": [True, False]}
+    space = {path: {"kind": "choice", "values": each} for path, each in values.items()}
+    body = {"recipe": "lora-demo", "space": space, "searcher": {"kind": "grid"}, "budget": {}}
+    orders = []
+    for _ in range(2):
+        config = driver_of(tmp_path, body)._tune_config()
+        generator = SearchGenerator(config.search_alg)
+        generator.add_configurations(Experiment("s", Trainable, num_samples=config.num_samples))
+        orders.append([generator.next_trial().config for _ in range(8)])
+        assert generator.is_finished()
+        assert config.max_concurrent_trials == 2
+    assert orders[0] == orders[1]
+    assert len({key_of(values) for values in orders[0]}) == 8
+    assert all(found[path] in values[path] for found in orders[0] for path in values)
+
+
 def rows_of(counts, monkeypatch, given_up=False, most=30.0):
     """The timeline of a cluster that has these numbers of nodes, one look after the other, and the last from then on."""
     monkeypatch.setattr(nodes, "PERIOD", 0.01)
