@@ -142,13 +142,20 @@ class Pages:
         answer = ANSWERS.get(form.get("answer", ""))
         if answer is None:
             raise RequestError("an answer is left, right or tie")
-        self.ballot.vote(self.ballot.known_as(cookie), form.get("pair", ""), answer)
+        self.ballot.vote(self._reviewer(form, cookie), form.get("pair", ""), answer)
         return _home()
 
-    def undo(self, cookie: Cookie) -> Response:
+    def undo(self, form: Form, cookie: Cookie) -> Response:
         """Take the last answer back."""
-        self.ballot.undo(self.ballot.known_as(cookie))
+        self.ballot.undo(self._reviewer(form, cookie))
         return _home()
+
+    def _reviewer(self, form: dict[str, str], cookie: str) -> str:
+        """Who reviews, where the page was shown to them: another's has other sides."""
+        reviewer = self.ballot.known_as(cookie)
+        if form.get("reviewer", "").casefold() != reviewer.casefold():
+            raise RequestError(f"that page was shown to somebody else, and {reviewer} reviews now: reload the page")
+        return reviewer
 
 
 def _home() -> RedirectResponse:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
 
-from raysd.database import Database, upsert
+from raysd.database import Database, take_turns, upsert
 from raysd.errors import RequestError
 from raysd.study.tables import Choice, Pair, Side, Study, Vote
 
@@ -84,13 +85,13 @@ class Ballot:
             raise RequestError("no such pair in this study: reload the page")
         values = {
             "pair_id": shown.pair.id,
-            "reviewer": reviewer,
             "choice": shown.meant(answer),
             "shown_left": shown.left,
             "voted": time.time(),
         }
         with self.database.writing() as session:
-            upsert(session, Vote, values, ("pair_id", "reviewer"))
+            take_turns(session, f"study {self.study.id}")  # two spellings of a name that come together are one reviewer
+            upsert(session, Vote, {**values, "reviewer": self._as_written(session, reviewer)}, ("pair_id", "reviewer"))
 
     def undo(self, reviewer: str) -> None:
         """Take back the answer to the last pair before the one to be judged; nothing where there is none."""
@@ -109,9 +110,13 @@ class Ballot:
         if not plain or len(plain) > LONGEST_NAME or not plain.isprintable():
             raise RequestError(f"a name has 1 to {LONGEST_NAME} printable characters")
         with self.database.reading() as session:
-            query = select(Vote.reviewer).join(Pair).where(Pair.study_id == self.study.id)
-            names = session.scalars(query.distinct()).all()
-        return next((known for known in sorted(names) if known.casefold() == plain.casefold()), plain)
+            return self._as_written(session, plain)
+
+    def _as_written(self, session: Session, name: str) -> str:
+        """The spelling of a name under which there are votes, else the name."""
+        query = select(Vote.reviewer).join(Pair).where(Pair.study_id == self.study.id)
+        names = session.scalars(query.distinct()).all()
+        return next((known for known in sorted(names) if known.casefold() == name.casefold()), name)
 
     def _voted(self, reviewer: str) -> set[int]:
         with self.database.reading() as session:

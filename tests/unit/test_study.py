@@ -141,6 +141,13 @@ def test_a_reviewer_is_known_by_the_name_first_written(ballot):
             ballot.known_as(name)
 
 
+def test_two_spellings_whose_first_answers_come_together_are_one_reviewer(ballot):
+    """Neither was known when both were asked for."""
+    for place, spelling in enumerate(("T1", "t1", "T1")):
+        ballot.vote(spelling, ballot.pairs[place].token, "tie")
+    assert [(row["reviewer"], row["votes"]) for row in results(ballot.database, "one")["reviewers"]] == [("T1", 3)]
+
+
 def test_the_same_on_postgresql(postgres, tmp_path):
     """Made by two at once, voted on twice, undone, summed up."""
     database = Database(postgres.url(), Storage(str(tmp_path)))
@@ -160,6 +167,13 @@ def test_the_same_on_postgresql(postgres, tmp_path):
     ballot.undo("Änna")
     assert ballot.known_as("änna") == "Änna"
     assert results(database, "one")["votes"] == ballot.turn("Änna").done == 1
+    token = ballot.pairs[0].token
+    voters = [threading.Thread(target=ballot.vote, args=(name, token, "tie")) for name in ("T1", "t1", "T1", "t1")]
+    for voter in voters:
+        voter.start()
+    for voter in voters:
+        voter.join()
+    assert len(results(database, "one")["reviewers"]) == 2
     database.close()
 
 
@@ -374,7 +388,7 @@ def test_votes_by_form(client, tmp_path):
     assert client.post("/vote", data={"pair": "x", "answer": "left"}).status_code == 400
     client.post("/reviewer", data={"name": "Anna"})
     page = client.get("/").text
-    token = re.search(r'name="pair" value="(\w+)"', page)[1]
+    token, anna = token_of(page), {"reviewer": "Anna"}
     assert "0 of 3" in page
     for form, status in (
         ({"pair": token, "answer": "first"}, 400),
@@ -382,13 +396,35 @@ def test_votes_by_form(client, tmp_path):
         ({"answer": "left"}, 400),
         ({"pair": "x" * 5000, "answer": "left"}, 413),
     ):
-        assert client.post("/vote", data=form).status_code == status
+        assert client.post("/vote", data={**form, **anna}).status_code == status
     assert client.post("/vote", content=b"\xff\xfe").status_code == 400
     assert client.post("/reviewer", data={"name": "a\x00b"}).status_code == 400
     assert results(opened(tmp_path)[1], "one")["votes"] == 0
-    assert "1 of 3" in client.post("/vote", data={"pair": token, "answer": "left"}).text
-    assert "0 of 3" in client.post("/undo").text
+    assert "1 of 3" in client.post("/vote", data={"pair": token, "answer": "left", **anna}).text
+    assert "0 of 3" in client.post("/undo", data=anna).text
     assert 'name="name"' in client.post("/leave").text
+
+
+def token_of(page):
+    return re.search(r'name="pair" value="(\w+)"', page)[1]
+
+
+def test_a_page_that_was_shown_to_another_reviewer_is_not_answered_for_this_one(client, tmp_path):
+    """Two people in one browser: on the page that is still open the sides are the first one's."""
+    client.post("/reviewer", data={"name": "Anna"})
+    page = client.get("/").text
+    form = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page))
+    assert form == {"pair": token_of(page), "reviewer": "Anna"}
+    client.post("/vote", data={**form, "answer": "tie"})
+    client.post("/leave")
+    client.post("/reviewer", data={"name": "Bert"})
+    for path in ("/vote", "/undo"):
+        for shown_to in (form, {"pair": form["pair"]}):
+            answer = client.post(path, data={**shown_to, "answer": "left"})
+            assert (answer.status_code, "reload the page" in answer.text) == (400, True)
+    assert results(opened(tmp_path)[1], "one")["votes"] == 1
+    client.post("/reviewer", data={"name": "aNNa"})
+    assert client.post("/undo", data={"reviewer": "aNNa"}).status_code == 200, "the same person"
 
 
 def test_a_cookie_that_is_no_name_is_nobody(client):
@@ -423,9 +459,9 @@ def test_forms_of_other_sites_are_refused(client):
 
 def test_a_database_that_fails_is_said_to_the_reviewer(client, monkeypatch):
     client.post("/reviewer", data={"name": "Anna"})
-    token = re.search(r'name="pair" value="(\w+)"', client.get("/").text)[1]
+    token = token_of(client.get("/").text)
     monkeypatch.setattr("raysd.study.votes.upsert", fails)
-    answer = client.post("/vote", data={"pair": token, "answer": "left"})
+    answer = client.post("/vote", data={"pair": token, "answer": "left", "reviewer": "Anna"})
     assert (answer.status_code, "try again" in answer.text) == (503, True)
 
 
