@@ -28,6 +28,23 @@ def test_a_difference_covers_the_true_one():
     assert 0.92 <= hits / SAMPLES <= 0.98
 
 
+@pytest.mark.parametrize("n", [2, 3, 5, 9, 10])
+def test_intervals_of_few_observations_cover_as_often_as_they_say(n):
+    rng = np.random.default_rng(n)
+    samples = rng.normal(4, 2, (3000 if n < 10 else SAMPLES, n))
+    found = [bootstrap_mean(sample, resamples=500) for sample in samples]
+    assert 0.93 <= np.mean([interval.low <= 4 <= interval.high for interval in found]) <= 0.97
+
+
+@pytest.mark.parametrize(("one", "two"), [(2, 2), (2, 10), (3, 50), (5, 5)])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 3.0])
+def test_differences_of_few_observations_are_covered_no_less(one, two, spread):
+    rng = np.random.default_rng(one * two)
+    pairs = zip(rng.normal(2, 1, (2000, one)), rng.normal(1, spread, (2000, two)), strict=True)
+    found = [bootstrap_difference(*pair) for pair in pairs]
+    assert np.mean([interval.low <= 1 <= interval.high for interval in found]) >= 0.935
+
+
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_wilson_covers_a_share_as_often_as_it_says(share):
     rng = np.random.default_rng(9)
