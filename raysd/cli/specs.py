@@ -8,6 +8,7 @@ from rich.table import Table
 
 from raysd.cli.output import flat, out
 from raysd.config import SearchSpec, TrainingSpec, describe, load, override, read_toml
+from raysd.config.search import Choice
 from raysd.errors import RequestError
 from raysd.jobs.outcome import FILE as JOB
 
@@ -32,20 +33,27 @@ def grounded(spec: TrainingSpec) -> TrainingSpec:
     """
     if JOB in os.environ:
         return spec
-    base, source = Path(spec.base).expanduser(), spec.data.source
-    is_path = spec.base.startswith((".", "~")) or base.suffix == ".safetensors" or (base / "model_index.json").exists()
-    changes = {}
-    if is_path and base.exists() and spec.base != "tiny-sd":
-        changes["base"] = str(base.absolute())
+    source = spec.data.source
+    changes = {"base": _grounded_base(spec.base)}
     if "://" not in source and Path(source).expanduser().exists() and source != "sample":
         changes["data.source"] = str(Path(source).expanduser().absolute())
-    return override(spec, changes) if changes else spec
+    return override(spec, changes)
+
+
+def _grounded_base(ref: str) -> str:
+    base = Path(ref).expanduser()
+    is_path = ref.startswith((".", "~")) or base.suffix == ".safetensors" or (base / "model_index.json").exists()
+    return str(base.absolute()) if is_path and base.exists() and ref != "tiny-sd" else ref
 
 
 def grounded_search(spec: SearchSpec) -> SearchSpec:
-    """The same for what a search's trials are judged with."""
+    """The same for what a search's trials start from and are judged with."""
     if JOB in os.environ:
         return spec
+    bases = spec.space.get("base")
+    if isinstance(bases, Choice):
+        values = tuple(_grounded_base(base) if isinstance(base, str) else base for base in bases.values)
+        spec = spec.model_copy(update={"space": {**spec.space, "base": bases.model_copy(update={"values": values})}})
     given = {name: getattr(spec.evaluation, name) for name in ("prompts", "inception", "clip")}
     changes = {f"evaluation.{name}": str(Path(path).expanduser().absolute()) for name, path in given.items() if path}
     return override(spec, changes) if changes else spec

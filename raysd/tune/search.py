@@ -67,6 +67,7 @@ def search(
     check_space(spec, training)
     if spec.searcher.kind == "optuna":
         check_choices(spec)
+    _locate_bases(spec, root)
     known = Plan.load(store.child(records.PLAN)) if existing else None
     located = locate(base_of(training, known), root)
     plan = known or plan_for(training, root, located, watch)
@@ -326,6 +327,15 @@ class Driver:
 
     def _model(self) -> str:
         return self.training.publish.model or self.record.name
+
+
+def _locate_bases(spec: SearchSpec, root: Storage) -> None:
+    """Of a space over bases each one is looked for before anything starts. Raises RequestError that names it."""
+    for base in spec.space["base"].extremes if "base" in spec.space else ():
+        try:
+            locate(base, root)
+        except RequestError as error:
+            raise RequestError(f"space.base: {error}") from None
 
 
 def _existing(root: Storage, name: str, spec: SearchSpec, training: TrainingSpec) -> SearchRecord | None:

@@ -11,10 +11,10 @@ from raysd.config import SearchSpec, TrainingSpec, describe, override
 from raysd.config.search import Choice, Integer, LogUniform, Uniform
 from raysd.errors import RequestError, SpecError
 
-CHANGES_LOSS = (
+CHANGES_LOSS = {
     *("base", "seed", "loss.prediction", "validation.timesteps", "data.source", "data.prompt", "data.resolution"),
     *("data.validation", "data.duplicates", "data.blurry", "data.outliers"),
-)
+}
 """What changes the held-out pictures or the meaning of their loss: values of it could not be compared."""
 
 
@@ -96,11 +96,17 @@ def check_space(spec: SearchSpec, training: TrainingSpec) -> None:
         except SpecError as error:
             named = ", ".join(f"{path} {value!r}" for path, value in changes.items())
             raise SpecError(f"space: {named} do not go together: {str(error).splitlines()[0]}") from None
-    for path in spec.space:
-        if "validation_loss" in spec.objective and path in CHANGES_LOSS:
-            raise SpecError(
-                f"space.{path}: it changes what validation_loss measures, so that values cannot be compared"
-            )
+    _check_comparable(spec)
+
+
+def _check_comparable(spec: SearchSpec) -> None:
+    """Losses are compared by the objective, and by a scheduler whatever the objective is."""
+    for path in sorted(CHANGES_LOSS & spec.space.keys()):
+        text = f"space.{path}: it changes what validation_loss measures, so that values cannot be compared"
+        if "validation_loss" in spec.objective:
+            raise SpecError(f"{text}\nleave it out, or take objective kid or clip_score with scheduler.kind none")
+        if spec.scheduler.kind != "none":
+            raise SpecError(f"{text}, and scheduler.kind {spec.scheduler.kind} goes by it: use scheduler.kind none")
 
 
 def check_choices(spec: SearchSpec) -> None:

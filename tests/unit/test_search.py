@@ -87,6 +87,44 @@ def test_a_space_that_the_training_does_not_have_is_named(training, space, messa
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("kind", ["asha", "median", "none"])
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("loss.prediction", ["epsilon", "v_prediction"]),
+        ("data.resolution", [32, 64]),
+        ("validation.timesteps", [1, 8]),
+        ("base", ["tiny-sd", "cats@1"]),
+        ("seed", [1, 2]),
+    ],
+)
+def test_losses_that_cannot_be_compared_stop_no_trial(training, kind, path, values):
+    """Whatever the objective is: the scheduler goes by the loss."""
+    space = {path: {"kind": "choice", "values": values}}
+    spec = spec_of(space=space, objective="clip_score", scheduler={"kind": kind})
+    if kind == "none":
+        return check_space(spec, training)
+    with pytest.raises(SpecError, match=rf"space\.{path}: .*{kind} goes by it: use scheduler\.kind none"):
+        check_space(spec, training)
+
+
+def test_bases_that_are_not_there_are_said_before_anything_starts(training, tmp_path, monkeypatch):
+    """And mean what they meant where the command was typed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("raysd.cluster.join", lambda most: pytest.fail("it went on"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/model_index.json").write_text("{}")
+    space = {"base": {"kind": "choice", "values": ["tiny-sd", "./mine", "./absent"]}}
+    spec = grounded_search(
+        spec_of(space=space, objective="kid", scheduler={"kind": "none"}, searcher={"kind": "random"})
+    )
+    assert spec.space["base"].values == ("tiny-sd", str(tmp_path / "mine"), "./absent")
+    for values, named in ((("tiny-sd", "./absent"), "absent"), (("tiny-sd", "nosuch@1"), "nosuch")):
+        asked = override(spec, {"space": {"base": {"kind": "choice", "values": list(values)}}})
+        with pytest.raises(RequestError, match=rf"space\.base: .*{named}"):
+            search(asked, training, "s", Storage(str(tmp_path / "store")), print)
+
+
 def joined(monkeypatch, resources):
     """A cluster of that size."""
     monkeypatch.setattr("ray.is_initialized", lambda: True)
