@@ -11,6 +11,7 @@ from raysd.config import SearchSpec, TrainingSpec, describe, load, override, rea
 from raysd.config.search import Choice
 from raysd.errors import RequestError
 from raysd.jobs.outcome import FILE as JOB
+from raysd.tune.space import check_fixed
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -86,6 +87,7 @@ def search_of(file: str, arguments: list[str]) -> tuple[SearchSpec, dict[str, An
     own = {name: value for name, value in changes.items() if name.split(".")[0] in SearchSpec.model_fields}
     training = {name: value for name, value in changes.items() if name not in own}
     spec = override(spec, own) if own else spec
+    check_fixed(spec, training)
     return spec, {**spec.training, **training}
 
 

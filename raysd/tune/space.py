@@ -16,7 +16,8 @@ CHANGES_LOSS = {
     *("data.validation", "data.duplicates", "data.blurry", "data.outliers"),
 }
 """What changes the held-out pictures or the meaning of their loss: values of it could not be compared."""
-
+SEARCHS_OWN = ("validation.every", "validation.best", "publish.", "track.")
+"""Beginnings of paths that are not the trials': the search sets them, or they change nothing that it measures."""
 
 MOST_COMBINATIONS = 2000
 """Of a space's extremes that are tried on the training spec before anything starts; a millisecond each."""
@@ -77,12 +78,20 @@ def optuna_space(spec: SearchSpec) -> dict[str, Any]:
 
 
 def check_space(spec: SearchSpec, training: TrainingSpec) -> None:
-    """Every path is known, and every extreme value valid, alone and with the others. Raises SpecError that names them."""
+    """Every path is known and free to vary, and every extreme value valid, alone and with the others.
+
+    Raises SpecError that names them.
+    """
+    check_fixed(spec, spec.training)
     known = {row.path: row for row in describe(TrainingSpec)}
     for path, found in spec.space.items():
         if path not in known:
             close = _nearest(path, list(known))
             raise SpecError(f"space.{path}: unknown path{close}")
+        if path.startswith(SEARCHS_OWN):
+            raise SpecError(
+                f"space.{path}: the search sees to it for every trial; leave it out, or set it for all of them"
+            )
         for value in found.extremes:
             if isinstance(found, Uniform | LogUniform) and "number" not in known[path].kind.split(" | "):
                 raise SpecError(f"space.{path}: takes {known[path].kind}; use kind integer or choice")
@@ -97,6 +106,15 @@ def check_space(spec: SearchSpec, training: TrainingSpec) -> None:
             named = ", ".join(f"{path} {value!r}" for path, value in changes.items())
             raise SpecError(f"space: {named} do not go together: {str(error).splitlines()[0]}") from None
     _check_comparable(spec)
+
+
+def check_fixed(spec: SearchSpec, fixed: Iterable[str]) -> None:
+    """No path that is set for every trial varies. Raises SpecError that names it."""
+    both = sorted(spec.space.keys() & {path.replace("-", "_") for path in fixed})
+    if both:
+        raise SpecError(
+            f"space.{both[0]}: set for every trial as well, by [training] or an option: leave one of them out"
+        )
 
 
 def _check_comparable(spec: SearchSpec) -> None:

@@ -111,7 +111,7 @@ def test_a_run_without_a_name_gets_a_stable_one_and_a_given_one_stays():
 
 def test_a_search_and_what_is_resumed_are_known_by_name(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    search = parse("tune", "tune/lora.toml", "--budget.trials", "3", "--optim.lr", "1e-4")
+    search = parse("tune", "tune/lora.toml", "--budget.trials", "3", "--optim.warmup", "3")
     assert search.unnamed
     assert ("the search", "tune/lora.toml") in [(named.option, named.text) for named in search.inputs]
     assert parse("tune", "resume", "lora").lease == "searches/lora/lease.json"

@@ -68,6 +68,9 @@ def test_a_malformed_search_is_named(changes, message):
         ({"optim.steps": {"kind": "uniform", "low": 10, "high": 20}}, "use kind integer or choice"),
         ({"loss.prediction": {"kind": "choice", "values": ["base"]}}, "values cannot be compared"),
         ({"data.source": {"kind": "choice", "values": ["sample"]}}, "values cannot be compared"),
+        ({"validation.every": {"kind": "choice", "values": [5, 50]}}, "space.validation.every: the search sees to it"),
+        ({"publish.model": {"kind": "choice", "values": ["a", "b"]}}, "space.publish.model: the search sees to it"),
+        ({"track.tensorboard": {"kind": "choice", "values": [True, False]}}, "space.track.tensorboard: the search"),
         (
             {
                 "method.kind": {"kind": "choice", "values": ["lora", "full"]},
@@ -354,6 +357,19 @@ def test_what_the_command_says_goes_before_what_the_file_says(tmp_path, monkeypa
     for words in ([], ["--optim.epochs", "4"]):
         CliRunner().invoke(tune.app, [str(file), *words], catch_exceptions=False)
     assert seen == [48, 4]
+
+
+def test_a_path_that_is_set_for_every_trial_does_not_vary(training, tmp_path):
+    from raysd.cli import tune
+
+    with pytest.raises(SpecError, match=r"space\.optim\.lr: set for every trial as well"):
+        check_space(spec_of(training={"optim.lr": 1e-3}), training)
+    file = tmp_path / "s.toml"
+    file.write_text(
+        'recipe = "lora-demo"\nbudget = { trials = 2 }\n[space]\n"optim.batch_size" = {kind="choice", values=[4]}\n'
+    )
+    with pytest.raises(SpecError, match=r"space\.optim\.batch_size: set for every trial as well"):
+        CliRunner().invoke(tune.app, [str(file), "--optim.batch-size", "8"], catch_exceptions=False)
 
 
 def test_the_same_values_are_the_same_trial():
