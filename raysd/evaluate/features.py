@@ -80,6 +80,8 @@ class LocalClip:
             raise RequestError(f"clip {folder}: not a CLIP folder of transformers: {reason}") from None
         self.model.eval().to(self.device)
         self.scale = float(self.model.logit_scale.detach().exp())
+        # A tokenizer that was saved without its longest text says a huge number.
+        self.longest = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Image.Image]) -> Features:
@@ -87,7 +89,8 @@ class LocalClip:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        cut = {"truncation": True, "max_length": self.longest}
+        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt", **cut).to(self.device)
         return _projected(self.model.get_text_features(**tokens))
 
     def _embed(self, pictures: Sequence[Image.Image]) -> Tensor:

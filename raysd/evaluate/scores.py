@@ -40,11 +40,11 @@ def fid(real: Tensor, generated: Tensor) -> float:
 
 def kid(
     real: Tensor, generated: Tensor, seed: int = 0, size: int | None = None, subsets: int = KID_SUBSETS
-) -> tuple[float, float]:
+) -> tuple[float, float | None]:
     """Unbiased squared MMD with the kernel (x·y / D + 1)³ (Bińkowski et al. 2018, sec. 4), by torchmetrics.
 
-    (mean, standard deviation) over random subsets of `size` pictures of each kind. [N, D], [M, D].
-    Raises ValueError for fewer than two pictures.
+    (mean, standard deviation) over random subsets of `size` pictures of each kind; no deviation where all subsets are
+    the whole. [N, D], [M, D]. Raises ValueError for fewer than two pictures.
     """
     from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -56,20 +56,23 @@ def kid(
     metric.update(real.double(), real=True)
     metric.update(generated.double(), real=False)
     mean, deviation = _seeded(metric.compute, seed)
-    return float(mean), float(deviation)
+    alike = subsets == 1 or size == len(real) == len(generated)
+    return float(mean), None if alike else float(deviation)
 
 
-def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float]:
+def inception_score(logits: Tensor, seed: int = 0) -> tuple[float, float | None]:
     """exp E KL(p(y|x) | p(y)) (Salimans et al. 2016, sec. 4), by torchmetrics: (mean, deviation) over splits. [N, K]
 
-    10 splits as usual, fewer where a split would have fewer than 10 pictures: the score grows with a split's size.
+    10 splits as usual, fewer where a split would have fewer than 10 pictures: the score grows with a split's size. One
+    split, of fewer than 20 pictures, has no deviation.
     """
     from torchmetrics.image.inception import InceptionScore
 
-    metric = InceptionScore(feature=_Identity(logits.shape[1]), splits=max(1, min(IS_SPLITS, len(logits) // 10)))
+    splits = max(1, min(IS_SPLITS, len(logits) // 10))
+    metric = InceptionScore(feature=_Identity(logits.shape[1]), splits=splits)
     metric.update(logits.double())
     mean, deviation = _seeded(metric.compute, seed)
-    return float(mean), float(torch.nan_to_num(deviation))
+    return float(mean), float(deviation) if splits > 1 else None
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> NDArray[np.float64]:

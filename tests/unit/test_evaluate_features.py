@@ -1,5 +1,8 @@
 """Extractors. No public weights are at hand: InceptionV3 has random weights of the public layout, CLIP is a tiny one."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -152,6 +155,18 @@ def test_clip_score_against_transformers_by_hand(clip_folder):
     assert (ours > 0).sum() > 1
     assert len(set(ours.round(3))) > 1
     assert str(clip_folder) in clip.name
+
+
+def test_a_long_text_is_cut_to_what_the_model_takes(clip_folder, tmp_path):
+    """77 tokens, of which two are the ends, though the tokenizer was saved without knowing it."""
+    folder = tmp_path / "clip"
+    shutil.copytree(clip_folder, folder)
+    file = folder / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    said.pop("model_max_length")
+    file.write_text(json.dumps(said))
+    longest, longer = features.matcher(str(folder)).texts(["a red circle " * 25, "a red circle " * 400])
+    assert torch.equal(longest, longer)
 
 
 def test_what_is_no_clip_is_refused(tmp_path, clip_folder):
