@@ -36,7 +36,7 @@ def intervals(marks: Sequence[Mark]) -> str:
         axes.plot(ends, [place, place], color=colour, linewidth=8 if mark.kind == "band" else 2)
         if mark.kind != "band":
             axes.plot([mark.value], [place], "o", color=colour, markersize=5)
-    axes.set_yticks(range(len(marks)), [mark.label[-LABEL:] for mark in marks])
+    axes.set_yticks(range(len(marks)), [_plain(mark.label[-LABEL:]) for mark in marks])
     axes.set_ylim(len(marks) - 0.5, -0.5)
     return _svg(figure)
 
@@ -45,7 +45,7 @@ def lines(curves: Mapping[str, Points], x: str, y: str, ends: Sequence[tuple[flo
     """One line a curve; `ends` are marked with a cross."""
     figure, axes = _axes(x, y)
     for name, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=name, linewidth=1, marker=".", markersize=3)
+        axes.plot(*zip(*points, strict=True), label=_plain(name), linewidth=1, marker=".", markersize=3)
     if ends:
         axes.plot(*zip(*ends, strict=True), "kx", markersize=5)
     if len(curves) <= 12 and any(curves):
@@ -57,7 +57,8 @@ def scatter(points: Sequence[tuple[Any, float]], x: str, y: str, log: bool = Fal
     """Values that are no numbers become places on the axis."""
     figure, axes = _axes(x, y)
     numbers = all(isinstance(value, int | float) for value, _ in points)
-    axes.scatter([value if numbers else str(value) for value, _ in points], [height for _, height in points], s=14)
+    places = [value if numbers else _plain(str(value)) for value, _ in points]
+    axes.scatter(places, [height for _, height in points], s=14)
     if log and numbers:
         axes.set_xscale("log")
         axes.tick_params(axis="x", which="minor", labelbottom=False)
@@ -68,7 +69,7 @@ def bars(values: Mapping[str, float], x: str) -> str:
     """Horizontal bars, the largest first."""
     figure, axes = _axes(x, "")
     names = sorted(values, key=lambda name: values[name])
-    axes.barh(names, [values[name] for name in names])
+    axes.barh([_plain(name) for name in names], [values[name] for name in names])
     return _svg(figure)
 
 
@@ -92,7 +93,8 @@ def parallel(rows: Sequence[Sequence[float]], columns: Sequence[str], colour: Se
     for row, value in zip(scaled, shade, strict=True):
         axes.plot(range(len(columns)), row, color=matplotlib.colormaps["viridis"](value), linewidth=1)
     axes.set_xticks(
-        range(len(columns)), [f"{name}\n{a:.3g} to {a + b:.3g}" for name, a, b in zip(columns, low, span, strict=True)]
+        range(len(columns)),
+        [f"{_plain(name)}\n{a:.3g} to {a + b:.3g}" for name, a, b in zip(columns, low, span, strict=True)],
     )
     axes.tick_params(axis="x", labelsize="x-small")
     axes.set_yticks([])
@@ -105,10 +107,15 @@ def _axes(x: str, y: str, height: float = HEIGHT) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(_plain(x))
+    axes.set_ylabel(_plain(y))
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _plain(text: str) -> str:
+    """Text from elsewhere for a label: what is between two dollars would be taken for a formula, and often is none."""
+    return text.replace("$", r"\$")
 
 
 def _svg(figure: Any) -> str:

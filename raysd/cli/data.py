@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from raysd.cli.output import Json, open_storage, show
+from raysd.cli.output import Json, check_page, open_storage, show
 from raysd.config import DataSpec, load
 from raysd.console import Watcher
 
@@ -25,13 +25,14 @@ def data_check(
     from raysd.data.check import check
     from raysd.data.source import open_source
 
+    check_page(html)
     spec = load(DataSpec, {"source": source, "prompt": prompt, "resolution": resolution})
     opened = open_source(source, open_storage().child("uploads"))
     with Watcher(quiet=as_json) as watch:
         checked = check(
             opened, spec, lambda d, n: watch({"kind": "count", "text": "check pictures", "done": d, "of": n})
         )
+    show(checked.model_dump(mode="json"), as_json, lambda: report.table(checked))
     if html is not None:
         report.page(checked, opened, html)
-    show(checked.model_dump(mode="json"), as_json, lambda: report.table(checked))
     checked.raise_if_refused()

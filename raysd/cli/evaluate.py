@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raysd.cli.output import Json, open_registry, open_storage, reserve_output, show
+from raysd.cli.output import Json, check_page, open_registry, open_storage, reserve_output, show
 from raysd.console import Watcher
 
 app = typer.Typer()
@@ -29,14 +29,15 @@ def evaluate(
     from raysd.evaluate.evaluation import evaluate as run
     from raysd.evaluate.evaluation import spec_of
 
+    check_page(html)
     given = {"prompts": prompts, "count": count, "inception": inception, "clip": clip, "workers": workers}
     spec = spec_of(ref, data, given, open_storage())
     reserve_output()
     with Watcher(quiet=as_json) as watch:
         found = run(ref, against, spec, open_storage(), watch)
+    show(found.to_json(), as_json, lambda: report.table(found))
     if html is not None:
         report.page(found, open_storage(), html, _training(found.model.ref))
-    show(found.to_json(), as_json, lambda: report.table(found))
 
 
 def _training(ref: str) -> Any:

@@ -1,14 +1,18 @@
 """What the verbs share: where things lie, and how a result is shown."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from raysd.errors import RequestError
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 RESULT = sys.stdout
@@ -19,6 +23,17 @@ out = Console(file=RESULT, highlight=False, markup=False, emoji=False, width=Non
 def reserve_output() -> None:
     """From here on standard output is the result's alone: Ray's threads print there what they hear of its processes."""
     sys.stdout = sys.stderr
+
+
+def check_page(out: Path | None) -> None:
+    """Raise RequestError for an --html that cannot be written, before what it shows is made."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise RequestError(f"--html {out}: is a folder; name a file in it, such as {out / 'report.html'}")
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
+        raise RequestError(f"--html {out}: cannot be written there; name another file")
 
 
 def open_storage() -> Any:

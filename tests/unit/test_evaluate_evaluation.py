@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from raysd.cli import evaluate as cli
 from raysd.config import EvaluationSpec
@@ -262,3 +263,15 @@ def test_a_version_is_shown_with_its_own_run_alone(tmp_path, monkeypatch):
     assert cli._training("zorbs@1").run == "zorbs"
     runs.write(runs.storage_of(storage, "zorbs"), runs.RunRecord("zorbs", {}))
     assert cli._training("zorbs@1") is None
+
+
+def test_what_was_measured_is_shown_before_the_page_is_written(monkeypatch):
+    """Whatever may go wrong with that."""
+    done = []
+    found = SimpleNamespace(model=SimpleNamespace(ref="tiny-sd"), to_json=dict)
+    monkeypatch.setattr("raysd.evaluate.evaluation.evaluate", lambda *_: found)
+    monkeypatch.setattr("raysd.evaluate.report.page", lambda *_: done.append("page"))
+    monkeypatch.setattr(cli, "show", lambda *_: done.append("table"))
+    monkeypatch.setattr(cli, "reserve_output", lambda: None)
+    CliRunner().invoke(cli.app, ["tiny-sd", "--html", "x.html"], catch_exceptions=False)
+    assert done == ["table", "page"]
