@@ -72,7 +72,7 @@ def describe(kind: type[Spec], prefix: str = "") -> Iterator[Field]:
     """Every dotted path that `override` takes for a spec, variants of a union one after the other."""
     seen: set[str] = set()
     for name, field in kind.model_fields.items():
-        models = [part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, Spec)]
+        models = _models(field.annotation)
         rows = [row for model in models for row in describe(model, f"{prefix}{name}.")]
         if not rows:
             default = None if field.default is PydanticUndefined else field.default
@@ -160,18 +160,17 @@ def _nearest(kind: type[Spec], path: str) -> str:
 
 
 def _explain(kind: type[Spec], error: ValidationError, origin: str) -> str:
-    # Without fields that hold specs of their own (lists of models, a search's space): what is wrong lies deeper there.
-    known = {row.path for row in describe(kind) if "raysd.config" not in row.kind}
+    known = {row.path for row in describe(kind)}
     lines = []
     for problem in error.errors():
-        path = _dotted(problem["loc"], known)
+        path = _dotted(problem["loc"], kind)
         if problem["type"] == "extra_forbidden" and path in known:
             lines.append(f"{path}: not for {problem['loc'][0]}.kind {problem['loc'][1]}")
         elif problem["type"] == "extra_forbidden":
             lines.append(f"{path}: unknown; {_nearest(kind, path)}")
         elif problem["type"] in ("model_type", "model_attributes_type"):
             example = min((row.path for row in describe(kind) if row.path.startswith(f"{path}.")), default="")
-            lines.append(f"{path}: is a table of fields: set one of them, as {example}")
+            lines.append(f"{path}: is a table of fields" + (f": set one of them, as {example}" if example else ""))
         elif problem["type"] == "missing":
             lines.append(f"{path}: required")
         else:
@@ -182,18 +181,35 @@ def _explain(kind: type[Spec], error: ValidationError, origin: str) -> str:
     return "\n".join(f"{origin}: {line}" if origin else line for line in lines)
 
 
-def _dotted(loc: tuple[int | str, ...], known: set[str]) -> str:
-    """A pydantic location as a dotted path: without union tags, and no deeper than the field itself."""
-    names = [str(part) for part in loc]
-    for path in (names, names[:1] + names[2:]):  # as it is, and without the tag of a variant
-        for end in range(len(path), 0, -1):
-            if ".".join(path[:end]) in known:
-                return ".".join(path[:end])
-    tables = {table for path in known for table in _parents(path)}
-    tagged = len(names) > 2 and ".".join(names[:2]) not in tables
-    return ".".join(names[:1] + names[2:] if tagged else names)
+def _dotted(loc: tuple[int | str, ...], kind: type[Spec]) -> str:
+    """A pydantic location as a dotted path: without the tags of variants, and no deeper than the field itself."""
+    path: list[str] = []
+    here: Any = kind  # the type of what `path` names
+    for part in map(str, loc):
+        models = _models(here)
+        variants = [model for model in models if len(models) > 1 and part in _tags(model)]
+        members = _members(here)
+        if variants:
+            here = variants[0]
+            continue
+        if not models and not members:
+            break
+        fields = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        here = next(iter(fields or members), None)
+        path.append(part)
+    return ".".join(path)
 
 
-def _parents(path: str) -> list[str]:
-    names = path.split(".")
-    return [".".join(names[:end]) for end in range(1, len(names))]
+def _models(annotation: Any) -> list[type[Spec]]:
+    """The specs that a value may be."""
+    return [part for part in _parts(annotation) if isinstance(part, type) and issubclass(part, Spec)]
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a table's values, or of a list's members, that are specs."""
+    inner = [one for part in _parts(annotation) if get_origin(part) in (dict, tuple) for one in get_args(part)]
+    return [one for one in inner if _models(one)]
+
+
+def _tags(model: type[Spec]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()

@@ -36,7 +36,14 @@ def training():
     ("changes", "message"),
     [
         ({"space": {}}, "space"),
-        ({"space": {"optim.lr": {**LR, "low": 0.0}}}, "a log-uniform range lies above 0"),
+        ({"space": {"optim.lr": {**LR, "low": 0.0}}}, r"^space\.optim\.lr: low 0\.0: a log-uniform range lies above 0"),
+        ({"space": {"optim.warmup": {"kind": "integer", "low": 1}}}, r"^space\.optim\.warmup\.high: required"),
+        ({"space": {"optim.lr": {**LR, "hihg": 1}}}, r"^space\.optim\.lr\.hihg: unknown"),
+        (
+            {"space": {"choice": {"kind": "choice", "values": []}}},
+            r"^space\.choice\.values: Tuple should have at least 1",
+        ),
+        ({"space": {"optim.lr": 1e-3}}, r"^space\.optim\.lr: is a table of fields$"),
         ({"space": {"optim.lr": {**LR, "low": 1.0}}}, "low 1.0 is not below high 0.01"),
         ({"space": {"optim.lr": {"kind": "normal"}}}, "space.optim.lr"),
         ({"objective": "fame"}, "objective"),
