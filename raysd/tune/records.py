@@ -13,6 +13,7 @@ from raysd.errors import NotFound, RequestError
 from raysd.lease import holder
 from raysd.storage import Storage
 from raysd.train.runs import NAME
+from raysd.tune.space import key_of
 
 Status = Literal["running", "interrupted", "finished", "stopped", "cut", "failed"]
 """Of a trial: `stopped` by the scheduler, `cut` by the budget, `interrupted` with the search."""
@@ -21,6 +22,8 @@ PLAN = "plan"
 LEASE = "lease.json"
 WHOLE = ("finished", "stopped", "failed")
 """What is never run again."""
+LONGEST_NAME = 48
+"""Of a search: its runs' names are its own with 15 characters more at most, and have 63."""
 WORSE = "worse than others by then"
 """Why the scheduler stopped a trial."""
 
@@ -98,10 +101,20 @@ class SearchRecord:
         return load(TrainingSpec, self.training, self.name)
 
 
+def run_of(search: str, key: str) -> str:
+    """The name of a trial's run."""
+    return f"{search}-{key}"
+
+
+def run_on_all(search: str, trial: TrialRecord, epochs: float) -> str:
+    """The name of the run of a trial's settings on all pictures: another one for each number of epochs."""
+    return f"{search}-all-{key_of({'trial': trial.key, 'epochs': epochs})}"
+
+
 def storage_of(root: Storage, name: str) -> Storage:
     """The search's own folder. Raises RequestError for a name that cannot be one."""
-    if not NAME.fullmatch(name) or len(name) > 48:
-        raise RequestError(f"search name {name!r}: use a-z, 0-9, '.', '_' and '-', 48 characters at most")
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise RequestError(f"search name {name!r}: use a-z, 0-9, '.', '_' and '-', {LONGEST_NAME} characters at most")
     return root.child(f"searches/{name}")
 
 

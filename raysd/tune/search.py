@@ -320,7 +320,7 @@ class Driver:
             changes.pop("optim.steps", None)
             changes["optim.epochs"] = best["epoch"]
         spec = override(self.training, {**changes, "publish.model": None, "publish.alias": None})
-        name = f"{trial.run}-all-{best['epoch']:g}"
+        name = records.run_on_all(self.record.name, trial, best["epoch"])
         if not train(spec, name, self.root, self.watch).finished:
             raise TrainingFailed(f"run {name} was interrupted; the same command with --retrain goes on")
         return name

@@ -142,7 +142,7 @@ class SearchTrial(tune.Trainable):
         self.events: queue.Queue[tuple[str, Any]] = queue.Queue()
         self.asked, self.thread, self.twin = threading.Event(), None, False
         key = key_of(values)
-        new = TrialRecord(key, values, f"{self.job.search}-{key}")
+        new = TrialRecord(key, values, records.run_of(self.job.search, key))
         self.record = records.read_trial(self.store, key) or new
         self.began, self.before = time.time(), self.record.seconds
         self.lowest = WORST  # validation loss that Ray Tune has been told of so far

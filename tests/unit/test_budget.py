@@ -11,7 +11,9 @@ import pytest
 from raysd.cli.specs import recipe_of
 from raysd.config import SearchSpec, load, override
 from raysd.config.search import BudgetSpec
+from raysd.errors import RequestError
 from raysd.storage import Storage
+from raysd.train import runs
 from raysd.tune import follow, nodes, records
 from raysd.tune import search as searching
 from raysd.tune.follow import Budget, Progress, signals_given_back
@@ -166,14 +168,21 @@ def test_the_hours_of_a_driver_that_is_killed_count(tmp_path, monkeypatch):
 
 
 def test_the_best_on_all_pictures_is_a_run_for_each_number_of_epochs(tmp_path, monkeypatch):
-    """A search that goes on may find another number, and the run of the former one is another run."""
-    names = []
+    """A search that goes on may find another number, and the run of the former one is another run. All names are short."""
+    names, longest = [], "s" * records.LONGEST_NAME
     body = {"recipe": "lora-demo", "space": {"optim.lr": CHOICE}, "budget": {"trials": 1}}
     monkeypatch.setattr(searching, "train", lambda spec, name, *_: names.append(name) or SimpleNamespace(finished=True))
-    for epoch in (1.5, 4.0):
+    driver = driver_of(tmp_path, body)
+    driver.record = replace(driver.record, name=longest)
+    for epoch in (1.5, 123.456789, 1.5):
         reports = ({"step": 3, "epoch": epoch, "validation_loss": 0.1},)
-        driver_of(tmp_path, body)._retrain(TrialRecord("k", {"optim.lr": 2}, "s-k", "finished", reports=reports))
-    assert names == ["s-k-all-1.5", "s-k-all-4"]
+        driver._retrain(TrialRecord("k", {"optim.lr": 2}, "s-k", "finished", reports=reports))
+    assert names[0] == names[2] != names[1]
+    for name in (*names, records.run_of(longest, key_of({"optim.lr": 2}))):
+        assert name.startswith(longest)
+        runs.storage_of(Storage(str(tmp_path)), name)
+    with pytest.raises(RequestError, match="48 characters at most"):
+        records.storage_of(Storage(str(tmp_path)), longest + "s")
 
 
 @pytest.mark.parametrize(
