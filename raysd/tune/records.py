@@ -166,17 +166,23 @@ def write_trial(store: Storage, trial: TrialRecord) -> TrialRecord:
 
 
 def ranked(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[TrialRecord]:
-    """Trials that reported all of the objective, the best first; of several metrics the first one ranks."""
-    scored = [(costs, trial) for trial in found if (costs := trial.costs(objective)) is not None]
+    """Trials that reported all of the objective, the best first; of several metrics the first one ranks.
+
+    What a trial reported before it failed is nobody's to have, and ranks nowhere.
+    """
+    sound = [trial for trial in found if trial.status != "failed"]
+    scored = [(costs, trial) for trial in sound if (costs := trial.costs(objective)) is not None]
     return [trial for _, trial in sorted(scored, key=lambda row: row[0])]
 
 
 def front(found: Iterable[TrialRecord], objective: Sequence[str]) -> list[TrialRecord]:
     """The trials that no other beats: as good in every metric and better in one (Pareto).
 
-    Of those that finished, and of those that the budget cut short after they had reported all of the objective.
+    Of those that finished, and of those that the budget cut short after they had reported all of the objective: but not
+    where seconds are one, in which a cut trial beats all others by having been cut.
     """
-    whole = ranked([trial for trial in found if trial.status in ("finished", "cut")], objective)
+    states = ("finished",) if "seconds" in objective else ("finished", "cut")
+    whole = ranked([trial for trial in found if trial.status in states], objective)
     points = [trial.costs(objective) or [] for trial in whole]
 
     def beaten(mine: list[float]) -> bool:

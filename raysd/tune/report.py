@@ -65,23 +65,30 @@ def _planned(trial: TrialRecord, training: TrainingSpec) -> float:
 
 
 def importances(spec: SearchSpec, found: Sequence[TrialRecord]) -> dict[str, float]:
-    """How much each parameter decides whether a trial is among the best (PED-ANOVA, Watanabe et al. 2023)."""
+    """How much each parameter decides whether a trial is among the best (PED-ANOVA, Watanabe et al. 2023).
+
+    A trial that failed is as bad as the worst, as it is to the searcher.
+    """
     import optuna
 
     metric = spec.objective[0]
-    scored = [trial for trial in found if trial.best(metric) is not None]
-    varied = [path for path in spec.space if len({str(trial.values[path]) for trial in scored}) > 1]
+    failed = [trial for trial in found if trial.status == "failed"]
+    scored = [trial for trial in found if trial not in failed and trial.best(metric) is not None]
+    counted = [*scored, *failed]
+    varied = [path for path in spec.space if len({str(trial.values[path]) for trial in counted}) > 1]
     if len(scored) < FEWEST or not varied:
         return {}
+    costs = [cost_of(metric, trial.best(metric) or 0.0) for trial in scored]
+    costs += [max(costs)] * len(failed)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
     space = optuna_space(spec)
-    for trial in scored:
+    for trial, found_cost in zip(counted, costs, strict=True):
         study.add_trial(
             optuna.create_trial(
                 params={path: _plain(trial.values[path]) for path in varied},
                 distributions={path: _plain_choices(space[path]) for path in varied},
-                value=cost_of(metric, trial.best(metric) or 0.0),
+                value=found_cost,
             )
         )
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
@@ -126,9 +133,10 @@ def page(record: SearchRecord, found: Sequence[TrialRecord], out: Path) -> None:
 
 
 def _ordered(spec: SearchSpec, found: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The best first; those without a score last."""
+    """The best first; then those without a score, and last those that failed."""
     best = records.ranked(found, spec.objective)
-    return [*best, *(trial for trial in found if trial not in best)]
+    rest = [trial for trial in found if trial not in best]
+    return [*best, *sorted(rest, key=lambda trial: trial.status == "failed")]
 
 
 def _plots(record: SearchRecord, spec: SearchSpec, found: Sequence[TrialRecord]) -> list[tuple[str, str]]:

@@ -240,6 +240,22 @@ def test_trials_are_ranked_by_the_best_they_reported():
     assert [found.run for found in records.front(TRIALS, ["validation_loss"])] == ["s-2"]
 
 
+def test_a_trial_that_failed_is_the_last_whatever_it_reported_before():
+    failed = trial(6, [0.3, 0.01], "failed", reason="the loss is nan")
+    waiting = trial(7, [], "running")
+    found = [failed, *TRIALS, waiting]
+    assert failed not in records.ranked(found, ["validation_loss"])
+    order = [row.run for row in report._ordered(load(SearchSpec, {**SPEC, "budget": {"trials": 9}}), found)]
+    assert order == ["s-2", "s-5", "s-1", "s-3", "s-7", "s-6", "s-4"]
+
+
+def test_what_was_cut_short_wins_no_race():
+    cut = trial(6, [0.9], "cut", reason="budget.hours is spent")
+    for objective in (["seconds"], ["validation_loss", "seconds"]):
+        assert cut not in records.front([*TRIALS, cut], objective)
+        assert records.front([cut], objective) == []
+
+
 def test_the_front_holds_what_nothing_beats():
     """In loss and seconds: (0.3, 9), (0.2, 6), (0.21, 9), (0.6, 3)."""
     fast = trial(6, [0.6])
@@ -415,6 +431,21 @@ def test_importances_find_the_parameter_that_matters(training):
     weights = report.importances(spec, found)
     assert weights["optim.lr"] > 0.8
     assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_a_trial_that_failed_counts_as_the_worst_for_importances():
+    """Those of one rank look best until they fail: that does not make the rank what decides who is best."""
+    spec = load(SearchSpec, {**SPEC, "budget": {"trials": 40}})
+    found = []
+    for n in range(40):
+        rank = [4, 8, 12, 16, 20][n * 7 % 5]
+        values, loss = {"optim.lr": 1e-4 * 1.12**n, "method.rank": rank}, 0.0 if rank == 20 else (n - 20) ** 2 + 0.1
+        reports = ({"step": 1, "epoch": 1.0, "validation_loss": loss, "seconds": 1.0},)
+        status = "failed" if rank == 20 else "finished"
+        found.append(TrialRecord(key_of(values), values, f"s-{n}", status, reports=reports))
+    weights = report.importances(spec, found)
+    assert weights["optim.lr"] > weights["method.rank"]
+    assert report.importances(spec, [trial for trial in found if trial.status == "failed"]) == {}
 
 
 def test_importances_of_choices_that_are_lists(training):
