@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from raysd.cli.output import Json, check_page, open_storage, show
+from raysd.cli.output import Json, check_writable, open_storage, show
 from raysd.config import DataSpec, load
 from raysd.console import Watcher
 
@@ -25,7 +25,8 @@ def data_check(
     from raysd.data.check import check
     from raysd.data.source import open_source
 
-    check_page(html)
+    if html is not None:
+        check_writable("--html", html)
     spec = load(DataSpec, {"source": source, "prompt": prompt, "resolution": resolution})
     opened = open_source(source, open_storage().child("uploads"))
     with Watcher(quiet=as_json) as watch:

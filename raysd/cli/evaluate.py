@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raysd.cli.output import Json, check_page, open_registry, open_storage, reserve_output, show
+from raysd.cli.output import Json, check_writable, open_registry, open_storage, reserve_output, show
 from raysd.console import Watcher
 
 app = typer.Typer()
@@ -29,7 +29,8 @@ def evaluate(
     from raysd.evaluate.evaluation import evaluate as run
     from raysd.evaluate.evaluation import spec_of
 
-    check_page(html)
+    if html is not None:
+        check_writable("--html", html)
     given = {"prompts": prompts, "count": count, "inception": inception, "clip": clip, "workers": workers}
     spec = spec_of(ref, data, given, open_storage())
     reserve_output()

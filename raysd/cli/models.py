@@ -1,13 +1,12 @@
 """`raysd models`, `raysd generate` and `raysd export`."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from raysd.cli.output import Json, flat, open_registry, open_storage, out, pairs, show, table
+from raysd.cli.output import Json, check_writable, flat, open_registry, open_storage, out, pairs, show, table
 from raysd.console import Watcher
 from raysd.errors import RequestError
 
@@ -140,26 +139,13 @@ def generate(
             raise RequestError(f"{option} {shown(text)}: is not UTF-8")
     located = locate(ref, open_storage())
     paths = [to if count == 1 else to.with_stem(f"{to.stem}-{number + 1}") for number in range(count)]
-    _check_writable(paths)
+    check_writable("--out", *paths)
     request = Request(prompt, negative, seed, steps, guidance, count)
     with Watcher() as watch:
         images = draw(located, [request], lambda d, n: watch({"kind": "count", "text": "draw", "done": d, "of": n}))
     for number, (image, path) in enumerate(zip(images, paths, strict=True)):
         save_png(image, path, located, request.of(number))
         out.print(str(path), soft_wrap=True)
-
-
-def _check_writable(paths: Sequence[Path]) -> None:
-    """Before minutes of drawing. Each is opened, as permissions alone say too little; what was not there goes again."""
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = not path.exists()
-            path.open("ab").close()
-            if new:
-                path.unlink()
-        except OSError as error:
-            raise RequestError(f"--out {path}: cannot be written: {error.strerror}") from None
 
 
 @app.command()

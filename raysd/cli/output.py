@@ -1,7 +1,6 @@
 """What the verbs share: where things lie, and how a result is shown."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -25,15 +24,20 @@ def reserve_output() -> None:
     sys.stdout = sys.stderr
 
 
-def check_page(out: Path | None) -> None:
-    """Raise RequestError for an --html that cannot be written, before what it shows is made."""
-    if out is None:
-        return
-    if out.is_dir():
-        raise RequestError(f"--html {out}: is a folder; name a file in it, such as {out / 'report.html'}")
-    there = next(folder for folder in out.absolute().parents if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK) or (out.exists() and not os.access(out, os.W_OK)):
-        raise RequestError(f"--html {out}: cannot be written there; name another file")
+def check_writable(option: str, *paths: Path) -> None:
+    """Looked at before the work whose result goes there. Raises RequestError.
+
+    Each is opened, as permissions alone say too little; what was not there goes again.
+    """
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = not path.exists()
+            path.open("ab").close()
+            if new:
+                path.unlink()
+        except OSError as error:
+            raise RequestError(f"{option} {path}: cannot be written: {error.strerror}; name another file") from None
 
 
 def open_storage() -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raysd.cli.output import Json, check_page, open_storage, out, reserve_output, show
+from raysd.cli.output import Json, check_writable, open_storage, out, reserve_output, show
 from raysd.cli.specs import grounded, grounded_search, recipe_of, search_of
 from raysd.config import SearchSpec, TrainingSpec, override
 from raysd.console import Watcher, errors
@@ -57,7 +57,7 @@ def _on_search(what: str, name: str, retrain: bool, html: Path | None, as_json: 
     found = records.trials(records.storage_of(open_storage(), name))
     if what == "report":
         to = html or Path(f"{name}.html")
-        check_page(to)
+        check_writable("--html", to)
         report.page(record, found, to)
         out.print(str(to), soft_wrap=True)
         return

@@ -59,8 +59,8 @@ def refused(done):
         (["export", "tiny-sd", "--format", "gguf", "--out", "x"], "--format gguf: one of diffusers, kohya, onnx"),
         (["export", "tiny-sd", "--format", "onnx", "--precision", "int4", "--out", "x"], "--precision int4: one of"),
         (["export", "tiny-sd", "--format", "kohya"], "--out: --format kohya needs it"),
-        (["evaluate", "tiny-sd", "--html", "/"], "--html /: is a folder; name a file in it, such as /report.html"),
-        (["data", "check", "sample", "--html", f"{__file__}/x.html"], "x.html: cannot be written there"),
+        (["evaluate", "tiny-sd", "--html", "/"], "--html /: cannot be written: Is a directory; name another file"),
+        (["data", "check", "sample", "--html", f"{__file__}/x.html"], "x.html: cannot be written: "),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
