@@ -49,13 +49,13 @@ def _fill_twice(base: Path, folder: Path, store: Path, how: str) -> Figures:
     from raysd.storage import Storage
     from raysd.train import encode
     from raysd.train.encode import fill_latents
-    from raysd.train.plan import make_plan
+    from raysd.train.frozen import freeze
 
     encode._most_here = lambda: 10**9 if how == HERE else 0
     data = {"source": str(folder), "resolution": SIDE, "validation": 0.0, "duplicates": "keep"}
     spec = load(TrainingSpec, {"base": str(base), "data": data, "optim": {"steps": 1}})
     storage, seen = Storage(str(store)), Marks()
-    plan = make_plan(prepare(spec.data, storage), locate(spec.base, storage), spec)
+    frozen = freeze(prepare(spec.data, storage), locate(spec.base, storage), spec)
     seen.mark("check")
     importing = threading.Thread(target=locate(spec.base, storage).family.import_libraries)  # meanwhile, as a run does
     importing.start()
@@ -63,11 +63,11 @@ def _fill_twice(base: Path, folder: Path, store: Path, how: str) -> Figures:
     importing.join()
     seen.mark("start_ray")
     written: list[tuple[float, int]] = []
-    fill_latents(plan, storage, spec, lambda what, done, of: written.append((time.perf_counter(), done)))
+    fill_latents(frozen, storage, spec, lambda what, done, of: written.append((time.perf_counter(), done)))
     seen.mark("first")
-    fill_latents(plan, storage, spec, lambda what, done, of: None)
+    fill_latents(frozen, storage, spec, lambda what, done, of: None)
     seen.mark("second")
-    return {**seen.seconds, "steady_rate": _steady(written), "pictures": float(len(plan.train))}
+    return {**seen.seconds, "steady_rate": _steady(written), "pictures": float(len(frozen.train))}
 
 
 class Marks:

@@ -62,7 +62,7 @@ def _bodies(spec: TrainingSpec, name: str | None) -> list[dict[str, Any]]:
 
 def _steps(spec: TrainingSpec, root: Any) -> int:
     """As the trainer counts them; pictures are looked at only where their number decides."""
-    from raysd.train.plan import total_steps
+    from raysd.train.frozen import total_steps
 
     if spec.optim.steps is not None:
         return spec.optim.steps

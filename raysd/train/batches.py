@@ -1,4 +1,4 @@
-"""From the plan of a run and the caches to micro-batches with their randomness. Shapes as in methods/base.py."""
+"""From the frozen data of a run and the caches to micro-batches with their randomness. Shapes as in methods/base.py."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future

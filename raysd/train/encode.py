@@ -17,7 +17,7 @@ from raysd.errors import RaysdError, TrainingFailed
 from raysd.quiet import import_quickly
 from raysd.references import locate
 from raysd.storage import Storage
-from raysd.train.plan import Plan, captions
+from raysd.train.frozen import FrozenData, captions
 from raysd.train.threads import preparing
 
 MANY = 300
@@ -102,59 +102,59 @@ class CaptionEncoder:
         return {"key": np.array(keys)}
 
 
-def is_filled(plan: Plan, storage: Storage) -> bool:
+def is_filled(frozen: FrozenData, storage: Storage) -> bool:
     """Whether the cache has all latents of the run."""
-    return not TensorCache(storage.child(plan.latents)).refresh().missing(_latents(plan))
+    return not TensorCache(storage.child(frozen.latents)).refresh().missing(_latents(frozen))
 
 
 @contextmanager
-def keeping_caches(plan: Plan, storage: Storage) -> Iterator[None]:
+def keeping_caches(frozen: FrozenData, storage: Storage) -> Iterator[None]:
     """Meanwhile mark the run's tensors as used: it may take longer than a use protects them from eviction."""
     ended = threading.Event()
-    threading.Thread(target=_keep, args=(plan, storage, ended), name="caches", daemon=True).start()
+    threading.Thread(target=_keep, args=(frozen, storage, ended), name="caches", daemon=True).start()
     try:
         yield
     finally:
         ended.set()
 
 
-def fill_latents(plan: Plan, storage: Storage, spec: TrainingSpec, progress: Progress) -> int:
+def fill_latents(frozen: FrozenData, storage: Storage, spec: TrainingSpec, progress: Progress) -> int:
     """Encode the pictures that the cache lacks. Returns how many there were."""
     evict(storage.child("cache"), CACHE_BYTES, CACHE_SECONDS)
-    cache = TensorCache(storage.child(plan.latents)).refresh()
+    cache = TensorCache(storage.child(frozen.latents)).refresh()
     wanted = {
         key: {"key": key, "path": item.path, "example": item.example, "variant": index}
-        for item in (*plan.train, *plan.validation)
+        for item in (*frozen.train, *frozen.validation)
         for index, key in enumerate(item.latents)
     }
     absent = cache.missing(wanted)
     cache.keep_alive(wanted)
     rows = [wanted[key] for key in absent]
-    _encode(PictureEncoder, (storage.url, spec.base, plan.latents, spec), rows, "encode pictures", progress)
+    _encode(PictureEncoder, (storage.url, spec.base, frozen.latents, spec), rows, "encode pictures", progress)
     return len(rows)
 
 
-def fill_text(plan: Plan, storage: Storage, spec: TrainingSpec, progress: Progress) -> int:
+def fill_text(frozen: FrozenData, storage: Storage, spec: TrainingSpec, progress: Progress) -> int:
     """Encode the captions that the cache lacks. Returns how many there were."""
-    cache = TensorCache(storage.child(plan.text)).refresh()
-    wanted = captions(plan)
+    cache = TensorCache(storage.child(frozen.text)).refresh()
+    wanted = captions(frozen)
     absent = cache.missing(wanted)
     cache.keep_alive(wanted)
     rows = [{"key": key, "caption": wanted[key]} for key in absent]
-    _encode(CaptionEncoder, (storage.url, spec.base, plan.text, spec), rows, "encode captions", progress)
+    _encode(CaptionEncoder, (storage.url, spec.base, frozen.text, spec), rows, "encode captions", progress)
     return len(rows)
 
 
-def _keep(plan: Plan, storage: Storage, ended: threading.Event) -> None:
-    latents, text = (TensorCache(storage.child(space)) for space in (plan.latents, plan.text))
+def _keep(frozen: FrozenData, storage: Storage, ended: threading.Event) -> None:
+    latents, text = (TensorCache(storage.child(space)) for space in (frozen.latents, frozen.text))
     while not ended.wait(KEEP_PERIOD):
         with suppress(RaysdError):  # there is time for another try
-            latents.refresh().keep_alive(_latents(plan))
-            text.refresh().keep_alive(captions(plan))
+            latents.refresh().keep_alive(_latents(frozen))
+            text.refresh().keep_alive(captions(frozen))
 
 
-def _latents(plan: Plan) -> set[str]:
-    return {key for item in (*plan.train, *plan.validation) for key in item.latents}
+def _latents(frozen: FrozenData) -> set[str]:
+    return {key for item in (*frozen.train, *frozen.validation) for key in item.latents}
 
 
 def _encode(

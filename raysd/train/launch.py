@@ -21,11 +21,11 @@ from raysd.train import checkpoint, runs
 from raysd.train.checkpoint import Progress
 from raysd.train.encode import fill_latents, fill_text, is_filled, keeping_caches
 from raysd.train.follow import Follower, Watch, tell
+from raysd.train.frozen import FrozenData, base_of, total_steps
 from raysd.train.link import open_link
 from raysd.train.memory import killed_for_memory, memory_remedy
-from raysd.train.plan import Plan, base_of, total_steps
 from raysd.train.publish import publish
-from raysd.train.request import check_devices, existing_run, plan_for
+from raysd.train.request import check_devices, existing_run, frozen_for
 from raysd.train.runs import LEASE, RunRecord
 from raysd.train.track import Trackers
 from raysd.train.worker import Job, train_worker
@@ -48,13 +48,13 @@ def train(
     name: str,
     root: Storage,
     watch: Watch,
-    plan: Plan | None = None,
+    frozen: FrozenData | None = None,
     asked: Callable[[], bool] = never,
     here: bool = False,
 ) -> Outcome:
     """Train `spec` as run `name`, going on from its last checkpoint if it was interrupted; a finished run is published.
 
-    `plan` is that of another run on the same data, which need not be checked again. From the moment that `asked` is
+    `frozen` is that of another run on the same data, which need not be checked again. From the moment that `asked` is
     true the run writes a checkpoint and ends. With `here` this process is the one worker (Ray Train's local mode), is not
     started again by the run, and ends where a worker would: for a caller that has a worker's resources, trains many
     runs whose caches are filled, and is an actor itself.
@@ -64,11 +64,11 @@ def train(
     """
     run = runs.storage_of(root, name)
     existing = existing_run(root, name, spec)
-    known = Plan.load(run) if existing else plan
+    known = FrozenData.load(run) if existing else frozen
     if existing is None or existing.training_spec().scale != spec.scale:
         check_devices(spec)
     located = locate(base_of(spec, known), root)
-    new_plan = None if existing else plan or plan_for(spec, root, located, watch)
+    new_data = None if existing else frozen or frozen_for(spec, root, located, watch)
     root.require_swap()
     launch = Launch(spec, name, root, run, located, watch, asked, here)
     with launch.lease():
@@ -78,7 +78,7 @@ def train(
         record = held or RunRecord(name, {})
         if record.status != "finished":
             record = replace(record, spec=spec.model_dump(mode="json"))
-        return launch.run_all(record, new_plan)
+        return launch.run_all(record, new_data)
 
 
 class Launch:
@@ -112,17 +112,17 @@ class Launch:
         finally:
             self.held.release()
 
-    def run_all(self, record: RunRecord, new_plan: Plan | None) -> Outcome:
-        if new_plan is not None:
-            new_plan.save(self.run)
-        plan = new_plan or self._frozen_plan()
-        total = total_steps(self.spec, len(plan.train))
+    def run_all(self, record: RunRecord, new_data: FrozenData | None) -> Outcome:
+        if new_data is not None:
+            new_data.save(self.run)
+        frozen = new_data or self._frozen()
+        total = total_steps(self.spec, len(frozen.train))
         self.run.delete(runs.STOP)
         record = runs.write(self.run, replace(record, status="running", total=total, error=None))
         try:
             if not self._done(total):
-                self._train(record, plan, total)
-            return self._end(record, plan, total)
+                self._train(record, frozen, total)
+            return self._end(record, frozen, total)
         except LeaseLost:
             raise
         except BaseException as problem:
@@ -130,32 +130,32 @@ class Launch:
             runs.write(self.run, replace(record, status=status, error=str(problem) or type(problem).__name__))
             raise
 
-    def _frozen_plan(self) -> Plan:
-        plan = Plan.load(self.run)
-        if identity(self.located.folder) != plan.base_digest:
+    def _frozen(self) -> FrozenData:
+        frozen = FrozenData.load(self.run)
+        if identity(self.located.folder) != frozen.base_digest:
             raise RequestError(
                 f"base {self.located.ref} is not the model this run began with; put it back or start a new run"
             )
-        return plan
+        return frozen
 
-    def _train(self, record: RunRecord, plan: Plan, total: int) -> None:
+    def _train(self, record: RunRecord, frozen: FrozenData, total: int) -> None:
         self.watch({"kind": "phase", "text": "starting Ray"})
         # The libraries that encode take as long to import as Ray's processes to start. They are waited for: a second
         # thread that imports diffusers meanwhile may get the module from before it has its names.
-        importing = threading.Thread(target=self._import_to_encode, args=(plan,), daemon=True)
+        importing = threading.Thread(target=self._import_to_encode, args=(frozen,), daemon=True)
         importing.start()
         cluster.join(self.spec.scale.most_workers)
         importing.join()
         tell(self.watch, check_fit(self.spec, self.located.folder))
-        with keeping_caches(plan, self.root):
-            self._fill_and_fit(plan, total)
+        with keeping_caches(frozen, self.root):
+            self._fill_and_fit(frozen, total)
 
-    def _import_to_encode(self, plan: Plan) -> None:
-        if not is_filled(plan, self.root):
+    def _import_to_encode(self, frozen: FrozenData) -> None:
+        if not is_filled(frozen, self.root):
             self.located.family.import_libraries()
 
-    def _fill_and_fit(self, plan: Plan, total: int) -> None:
-        fill_caches(plan, self.root, self.pinned, self.watch)
+    def _fill_and_fit(self, frozen: FrozenData, total: int) -> None:
+        fill_caches(frozen, self.root, self.pinned, self.watch)
         self.held.check()  # until now there was nobody to end
         self.watch({"kind": "phase", "text": "starting workers", "total": total, "batch": self.spec.optim.batch_size})
         self.link = open_link()
@@ -219,7 +219,7 @@ class Launch:
                 f"the workers' logs: {_log_folder()}\ngo on from the last checkpoint: raysd runs resume {self.name}"
             )
 
-    def _end(self, record: RunRecord, plan: Plan, total: int) -> Outcome:
+    def _end(self, record: RunRecord, frozen: FrozenData, total: int) -> Outcome:
         newest = checkpoint.latest(self.run)
         progress = newest.progress if newest else Progress()
         record = replace(
@@ -234,7 +234,7 @@ class Launch:
             return Outcome(runs.write(self.run, replace(record, status="interrupted")), finished=False)
         self.watch({"kind": "phase", "text": "publishing"})
         self.held.renew()
-        version = publish(record, self.spec, self.root, self.run, self.located, plan)
+        version = publish(record, self.spec, self.root, self.run, self.located, frozen)
         ref = version.ref if version else None
         return Outcome(runs.write(self.run, replace(record, status="finished", version=ref)), finished=True)
 
@@ -274,15 +274,15 @@ class Launch:
         return True
 
 
-def fill_caches(plan: Plan, root: Storage, spec: TrainingSpec, watch: Watch) -> None:
+def fill_caches(frozen: FrozenData, root: Storage, spec: TrainingSpec, watch: Watch) -> None:
     """Compute the latents and text embeddings that the caches lack. Needs a cluster joined, and a base that it can find."""
 
     def count(what: str, done: int, of: int) -> None:
         watch({"kind": "count", "text": what, "done": done, "of": of})
 
-    fill_latents(plan, root, spec, count)
+    fill_latents(frozen, root, spec, count)
     if not METHODS[spec.method.kind].trains_text(spec):
-        fill_text(plan, root, spec, count)
+        fill_text(frozen, root, spec, count)
 
 
 def _trainer(job: Job, run: Storage, name: str, here: bool) -> Any:

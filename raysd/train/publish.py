@@ -15,7 +15,7 @@ from raysd.registry import Registry, Version
 from raysd.storage import Storage
 from raysd.train import checkpoint
 from raysd.train.checkpoint import Checkpoint
-from raysd.train.plan import Plan
+from raysd.train.frozen import FrozenData
 from raysd.train.runs import RunRecord, public_spec
 
 
@@ -25,7 +25,7 @@ def publish(
     root: Storage,
     run: Storage,
     located: Located,
-    plan: Plan,
+    frozen: FrozenData,
     origin: Mapping[str, object] | None = None,
 ) -> Version | None:
     """Publish the run's best or last weights as `publish.model`, and move the alias; None where the spec names no model.
@@ -40,7 +40,7 @@ def publish(
         out = Path(scratch)
         write_files(run, chosen, spec, located, out)
         files = {path.relative_to(out).as_posix(): path for path in sorted(out.rglob("*")) if path.is_file()}
-        lineage = {**_lineage(record, chosen, located, plan), **(origin or {})}
+        lineage = {**_lineage(record, chosen, located, frozen), **(origin or {})}
         version = registry.publish(spec.publish.model, files, lineage, key=f"{record.id}@{chosen.step}")
     if spec.publish.alias is not None and record.version != version.ref:  # once: it may have been moved since
         registry.alias(version, spec.publish.alias)
@@ -63,17 +63,17 @@ def write_files(run: Storage, chosen: Checkpoint, spec: TrainingSpec, located: L
     METHODS[spec.method.kind].write(located.family, located.folder, tensors, spec, out)
 
 
-def _lineage(record: RunRecord, chosen: Checkpoint, located: Located, plan: Plan) -> dict[str, object]:
+def _lineage(record: RunRecord, chosen: Checkpoint, located: Located, frozen: FrozenData) -> dict[str, object]:
     """Where a version comes from, whole: enough to train it again."""
     parent = located.version
     return {
         "family": located.family.name,
         "method": record.spec["method"]["kind"],
         "base": located.ref,
-        "base_digest": plan.base_digest,
+        "base_digest": frozen.base_digest,
         "parent": None if parent is None else {"ref": parent.ref, "digest": parent.digest},
-        "data_digest": plan.data_digest,
-        "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
+        "data_digest": frozen.data_digest,
+        "pictures": {"train": len(frozen.train), "validation": len(frozen.validation)},
         "run": {"name": record.name, "id": record.id, "step": chosen.step},
         "spec": public_spec(record.spec),
         "metrics": {"base_validation_loss": chosen.progress.base_loss, "validation_loss": chosen.progress.last},

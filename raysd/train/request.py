@@ -15,7 +15,7 @@ from raysd.references import Located, locate
 from raysd.storage import Storage
 from raysd.train import runs
 from raysd.train.follow import Watch, tell
-from raysd.train.plan import Plan, cut_captions, make_plan, total_steps
+from raysd.train.frozen import FrozenData, cut_captions, freeze, total_steps
 from raysd.train.runs import RunRecord
 from raysd.train.track import require_trackers
 
@@ -31,12 +31,12 @@ def preview(spec: TrainingSpec, name: str, root: Storage, watch: Watch) -> dict[
     runs.storage_of(root, name)
     check_devices(spec)
     located = locate(spec.base, root)
-    plan = plan_for(spec, root, located, watch)
+    frozen = frozen_for(spec, root, located, watch)
     tell(watch, check_dry(spec, located.folder))
     return {
         "base": located.ref,
-        "pictures": {"train": len(plan.train), "validation": len(plan.validation)},
-        "steps": total_steps(spec, len(plan.train)),
+        "pictures": {"train": len(frozen.train), "validation": len(frozen.validation)},
+        "steps": total_steps(spec, len(frozen.train)),
         "spec": runs.public_spec(spec.model_dump(mode="json")),
     }
 
@@ -69,7 +69,7 @@ def _learnt(spec: TrainingSpec) -> TrainingSpec:
     return spec.model_copy(update={"scale": spec.scale.model_copy(update=plain)})
 
 
-def plan_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> Plan:
+def frozen_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) -> FrozenData:
     """Check the data and the base; nothing is written. Raises RequestError."""
     _refuse_unfit(spec, located)
     watch({"kind": "phase", "text": f"checking {public(spec.data.source)}"})
@@ -80,7 +80,7 @@ def plan_for(spec: TrainingSpec, root: Storage, located: Located, watch: Watch) 
     dataset = prepare(spec.data, root, count)
     watch({"kind": "data", "report": dataset.report})
     tell(watch, cut_captions(dataset, located))
-    return make_plan(dataset, located, spec)
+    return freeze(dataset, located, spec)
 
 
 def check_devices(spec: TrainingSpec) -> None:

@@ -29,11 +29,11 @@ from raysd.train.build import build_engine
 from raysd.train.checkpoint import Checkpoint, Progress
 from raysd.train.ema import Ema
 from raysd.train.engine import Engine, leave
+from raysd.train.frozen import FrozenData, captions
 from raysd.train.hang import HangWatch
 from raysd.train.link import Reporter
 from raysd.train.loop import ADVICE, StepRecord, Votes, training_steps
 from raysd.train.memory import is_out_of_memory, memory_advice
-from raysd.train.plan import Plan, captions
 from raysd.train.profile import Profiler
 from raysd.train.runs import LEASE
 from raysd.train.usage import Usage
@@ -89,7 +89,7 @@ class Worker:
         self.device = ray.train.torch.get_device()
         self.storage = Storage(job.root)
         self.store = self.storage.child(f"runs/{job.run}")
-        self.plan = Plan.load(self.store)
+        self.frozen = FrozenData.load(self.store)
         located = locate(self.spec.base, self.storage)
         self.family, self.folder = located.family, located.folder
         self.method = METHODS[self.spec.method.kind]
@@ -172,21 +172,21 @@ class Worker:
         return chosen[0], chosen[1]
 
     def _source(self) -> Source:
-        latents = TensorCache(self.storage.child(self.plan.latents)).refresh()
+        latents = TensorCache(self.storage.child(self.frozen.latents)).refresh()
         scale = self.family.latent_scale(self.folder)
         if not self.method.trains_text(self.spec):
-            return Source(latents, TensorCache(self.storage.child(self.plan.text)).refresh(), scale)
+            return Source(latents, TensorCache(self.storage.child(self.frozen.text)).refresh(), scale)
         tokenizer = self.family.tokenizer(self.folder)
-        wanted = captions(self.plan)
+        wanted = captions(self.frozen)
         tokens = self.family.tokens(tokenizer, list(wanted.values()))
         return Source(latents, dict(zip(wanted, tokens, strict=True)), scale)
 
     def _batches(self) -> Batches:
         variants = self.spec.data.augment.variants
         size = self.spec.optim.batch_size
-        sampler = Sampler(len(self.plan.train), size, self.spec.seed, variants, self.plan.weights)
+        sampler = Sampler(len(self.frozen.train), size, self.spec.seed, variants, self.frozen.weights)
         return Batches(
-            self.plan.train, self.plan.empty, self.source, sampler, self.schedule, self.spec, self.rank, self.world
+            self.frozen.train, self.frozen.empty, self.source, sampler, self.schedule, self.spec, self.rank, self.world
         )
 
     def _steps(self, start: int) -> Iterator[StepRecord]:
@@ -227,7 +227,7 @@ class Worker:
             return validate.validation_loss(
                 self.engine,
                 self.method,
-                self.plan.validation,
+                self.frozen.validation,
                 self.source,
                 self.schedule,
                 self.spec,

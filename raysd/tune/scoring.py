@@ -22,7 +22,7 @@ from raysd.references import Located, locate
 from raysd.seeding import seed_of
 from raysd.storage import Storage
 from raysd.train import runs
-from raysd.train.plan import Plan, base_of
+from raysd.train.frozen import FrozenData, base_of
 from raysd.train.publish import chosen_checkpoint, write_files
 
 
@@ -31,19 +31,19 @@ def wanted(spec: SearchSpec) -> tuple[str, ...]:
     return tuple(metric for metric in spec.objective if metric in SCORES)
 
 
-def prompts_of(spec: SearchSpec, plan: Plan) -> tuple[Prompt, ...]:
+def prompts_of(spec: SearchSpec, frozen: FrozenData) -> tuple[Prompt, ...]:
     """The file's, else the data's captions, held-out ones first. Raises NotFound, RequestError."""
     if spec.evaluation.prompts:
         return read_prompts(Path(spec.evaluation.prompts).expanduser())
-    return unique([Prompt(item.caption) for item in (*plan.validation, *plan.train)])
+    return unique([Prompt(item.caption) for item in (*frozen.validation, *frozen.train)])
 
 
-def reference(spec: SearchSpec, plan: Plan, side: int) -> NDArray[np.float32] | None:
+def reference(spec: SearchSpec, frozen: FrozenData, side: int) -> NDArray[np.float32] | None:
     """Features of the data's pictures for KID, [N, D]; the driver computes them once, the trials share them."""
     if "kid" not in wanted(spec):
         return None
     by, _ = judges(spec)
-    items = (*plan.validation, *plan.train)[:MOST]
+    items = (*frozen.validation, *frozen.train)[:MOST]
     pictures = (plain_crop(read_picture(item.path), side) for item in items)
     found: NDArray[np.float32] = extract(pictures, len(items), by, lambda done, of: None).vectors.numpy()
     return found
@@ -60,7 +60,7 @@ def score_run(
     """The metrics of the objective that need pictures, of the weights that run `name` would publish. In any process."""
     storage = Storage(root)
     run = runs.storage_of(storage, name)
-    base = locate(base_of(training, Plan.load(run)), storage)
+    base = locate(base_of(training, FrozenData.load(run)), storage)
     by, compare = judges(spec)
     requests = _requests(spec, prompts)
     with tempfile.TemporaryDirectory(prefix="raysd-") as scratch:

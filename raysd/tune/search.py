@@ -18,10 +18,10 @@ from raysd.registry import Version
 from raysd.storage import Storage
 from raysd.train import checkpoint, runs
 from raysd.train.follow import Watch
+from raysd.train.frozen import FrozenData, base_of, total_steps
 from raysd.train.launch import fill_caches, train
-from raysd.train.plan import Plan, base_of, total_steps
 from raysd.train.publish import publish
-from raysd.train.request import plan_for
+from raysd.train.request import frozen_for
 from raysd.tune import records
 from raysd.tune.nodes import Timeline
 from raysd.tune.records import LEASE, SearchRecord, TrialRecord
@@ -68,12 +68,12 @@ def search(
     if spec.searcher.kind == "optuna":
         check_choices(spec)
     _locate_bases(spec, root)
-    known = Plan.load(store.child(records.PLAN)) if existing else None
+    known = FrozenData.load(store.child(records.PLAN)) if existing else None
     located = locate(base_of(training, known), root)
-    plan = known or plan_for(training, root, located, watch)
-    if not plan.validation and (spec.scheduler.kind != "none" or "validation_loss" in spec.objective):
+    frozen = known or frozen_for(training, root, located, watch)
+    if not frozen.validation and (spec.scheduler.kind != "none" or "validation_loss" in spec.objective):
         raise RequestError("data.validation: no picture is held out, and no trial could report validation_loss")
-    prompts = prompts_of(spec, plan)
+    prompts = prompts_of(spec, frozen)
     if wanted(spec):
         judges(spec)  # trials would look for them when they are trained
     root.require_swap()
@@ -87,11 +87,11 @@ def search(
     lease.start(lambda reason: lost.set())
     try:
         if not existing:
-            plan.save(store.child(records.PLAN))
+            frozen.save(store.child(records.PLAN))
         body = existing or SearchRecord(name, {}, training.model_dump(mode="json"))
         body = replace(body, spec=spec.model_dump(mode="json"))
         pinned = training.model_copy(update={"base": located.ref})
-        return Driver(spec, pinned, body, root, store, plan, prompts, room, watch, lost).run(retrain)
+        return Driver(spec, pinned, body, root, store, frozen, prompts, room, watch, lost).run(retrain)
     finally:
         lease.release()
 
@@ -106,18 +106,18 @@ class Driver:
         record: SearchRecord,
         root: Storage,
         store: Storage,
-        plan: Plan,
+        frozen: FrozenData,
         prompts: tuple[Prompt, ...],
         room: Room,
         watch: Watch,
         lost: threading.Event,
     ):
         self.spec, self.training, self.record, self.root, self.store = spec, training, record, root, store
-        self.plan, self.prompts, self.room, self.watch, self.lost = plan, prompts, room, watch, lost
+        self.frozen, self.prompts, self.room, self.watch, self.lost = frozen, prompts, room, watch, lost
 
     def run(self, retrain: bool) -> Outcome:
-        fill_caches(self.plan, self.root, self.training, self.watch)
-        self.real = reference(self.spec, self.plan, self.training.data.resolution)
+        fill_caches(self.frozen, self.root, self.training, self.watch)
+        self.real = reference(self.spec, self.frozen, self.training.data.resolution)
         self.record = records.write(self.store, replace(self.record, status="running", ended_by=None))
         with Timeline(self.record.nodes, self.record.seconds) as self.timeline:
             outcome = self._search(retrain)
@@ -193,9 +193,9 @@ class Driver:
             search=self.record.name,
             spec=self.spec,
             training=training,
-            shared_plan=self._shared_plan(),
+            shared_data=self._shared_data(),
             here=here,
-            pictures=len(self.plan.train),
+            pictures=len(self.frozen.train),
             gpus=self.room.gpus,
             grows_to=os.environ.get(cluster.GROWS_TO, ""),
             prompts=self.prompts,
@@ -230,7 +230,7 @@ class Driver:
         """
         alone = all(scale.most_workers == 1 for scale in scales(self.spec, self.training))
         same = not self.spec.space.keys() & {"scale.cpus", "scale.gpus", "scale.accelerator"}
-        return alone and same and self._shared_plan()
+        return alone and same and self._shared_data()
 
     def _bundle(self, here: bool) -> dict[str, float]:
         """What a trial's own process gets: a worker's share where it is the worker."""
@@ -276,14 +276,14 @@ class Driver:
 
     def _most_epochs(self) -> float:
         """The longest that a trial can take."""
-        pictures = len(self.plan.train)
+        pictures = len(self.frozen.train)
         longest = 0.0
         for changes in corners(self.spec, ("optim.steps", "optim.epochs", "optim.batch_size")):
             spec = override(self.training, changes)
             longest = max(longest, total_steps(spec, pictures) * spec.optim.batch_size / pictures)
         return longest
 
-    def _shared_plan(self) -> bool:
+    def _shared_data(self) -> bool:
         return not any(path == "base" or path == "seed" or path.startswith("data.") for path in self.spec.space)
 
     def _settle(self, ended_by: str) -> None:
@@ -307,9 +307,9 @@ class Driver:
         spec = override(record.training_spec(), {"publish.model": self._model(), "publish.alias": named})
         scores = {metric: trial.best(metric) for metric in self.spec.objective}
         origin = {"search": {"name": self.record.name, "trial": trial.key, "values": trial.values, "scores": scores}}
-        plan = Plan.load(run)
-        located = locate(base_of(spec, plan), self.root)
-        version: Version | None = publish(record, spec, self.root, run, located, plan, origin)
+        frozen = FrozenData.load(run)
+        located = locate(base_of(spec, frozen), self.root)
+        version: Version | None = publish(record, spec, self.root, run, located, frozen, origin)
         return version.ref if version else None
 
     def _retrain(self, trial: TrialRecord) -> str:

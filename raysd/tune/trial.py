@@ -21,9 +21,9 @@ from raysd.lease import holder
 from raysd.storage import Storage
 from raysd.train import runs
 from raysd.train.checkpoint import Progress
+from raysd.train.frozen import FrozenData, total_steps
 from raysd.train.hang import EXIT
 from raysd.train.launch import Outcome, train
-from raysd.train.plan import Plan, total_steps
 from raysd.tune import records
 from raysd.tune.records import TrialRecord, cost_of
 from raysd.tune.scoring import score_run, wanted
@@ -45,7 +45,7 @@ class Job:
     search: str
     spec: SearchSpec
     training: TrainingSpec
-    shared_plan: bool  # whether all trials train on the same pictures and latents
+    shared_data: bool  # whether all trials train on the same pictures and latents
     here: bool  # whether a trial's own process is its one worker
     pictures: int
     gpus: int  # of one worker
@@ -163,22 +163,24 @@ class SearchTrial(tune.Trainable):
 
     def _train(self) -> None:
         gc.collect()  # models are in circles, and the last trial's may be here
-        plan = Plan.load(self.store.child(records.PLAN)) if self.job.shared_plan else None
+        frozen = FrozenData.load(self.store.child(records.PLAN)) if self.job.shared_data else None
         try:
-            outcome = self._train_alone(plan)
+            outcome = self._train_alone(frozen)
             if outcome is not None:
                 self.events.put(("end", self._scores() if outcome.finished else "interrupted"))
         except Exception as problem:  # whatever it is: `step` waits for an end
             self.events.put(("end", problem))
 
-    def _train_alone(self, plan: Plan | None) -> Outcome | None:
+    def _train_alone(self, frozen: FrozenData | None) -> Outcome | None:
         """None where another trial has these settings and came to an end: what it told is told again.
 
         A lease whose holder has died with its node holds for a while, and then this trial goes on.
         """
         while True:
             try:
-                return train(self.spec, self.record.run, self.root, self._watch, plan, self.asked.is_set, self.job.here)
+                return train(
+                    self.spec, self.record.run, self.root, self._watch, frozen, self.asked.is_set, self.job.here
+                )
             except LeaseHeld:
                 self.twin = True
             record = self._others_end()

@@ -19,7 +19,7 @@ from raysd.storage import Storage
 from raysd.train import encode
 from raysd.train.batches import Batches, Source, draw_randomness
 from raysd.train.encode import PictureEncoder
-from raysd.train.plan import captions, make_plan
+from raysd.train.frozen import captions, freeze
 from tests.pictures import photo
 
 
@@ -38,15 +38,15 @@ def world(tiny_base, tmp_path):
     return spec, root, folder
 
 
-def plan_of(spec, root):
-    return make_plan(prepare(spec.data, root), locate(spec.base, root), spec)
+def frozen_of(spec, root):
+    return freeze(prepare(spec.data, root), locate(spec.base, root), spec)
 
 
 def fill(spec, root):
     """(pictures encoded, captions encoded)"""
-    plan = plan_of(spec, root)
+    frozen = frozen_of(spec, root)
     nothing = lambda what, done, of: None  # noqa: E731
-    return encode.fill_latents(plan, root, spec, nothing), encode.fill_text(plan, root, spec, nothing)
+    return encode.fill_latents(frozen, root, spec, nothing), encode.fill_text(frozen, root, spec, nothing)
 
 
 def test_a_second_run_encodes_nothing_whatever_its_learning_rate(world):
@@ -80,10 +80,10 @@ def test_what_is_kept_are_mean_and_log_variance(world, tiny_base):
     from raysd.data.source import read_picture
 
     spec, root, _ = world
-    plan = plan_of(spec, root)
-    cache = TensorCache(root.child(plan.latents)).refresh()
+    frozen = frozen_of(spec, root)
+    cache = TensorCache(root.child(frozen.latents)).refresh()
     vae = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae")
-    for item in plan.train:
+    for item in frozen.train:
         for index, key in enumerate(item.latents):
             chosen = variant(spec.data.augment, item.example, index, spec.seed)
             pixels = apply(read_picture(item.path), chosen, 64)[None]
@@ -107,9 +107,9 @@ def test_what_ray_data_encodes_is_what_one_process_encodes(world, ray_address, t
     monkeypatch.setattr(encode, "_here", not_here)
     other = Storage(str(tmp_path / "other"))
     assert fill(spec, other) == (12, 7)
-    plan = plan_of(spec, root)
-    latents = {key for item in plan.train for key in item.latents}
-    for space, keys in ((plan.latents, sorted(latents)), (plan.text, sorted(captions(plan)))):
+    frozen = frozen_of(spec, root)
+    latents = {key for item in frozen.train for key in item.latents}
+    for space, keys in ((frozen.latents, sorted(latents)), (frozen.text, sorted(captions(frozen)))):
         caches = [TensorCache(storage.child(space)).refresh() for storage in (root, other)]
         expected, got = (cache.read(keys) for cache in caches)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(expected, got, strict=True))
@@ -118,16 +118,16 @@ def test_what_ray_data_encodes_is_what_one_process_encodes(world, ray_address, t
 
 def test_each_latent_keeps_its_own_caption_after_shuffling(world):
     spec, root, _ = world
-    plan = plan_of(spec, root)
-    latents, text = TensorCache(root.child(plan.latents)).refresh(), TensorCache(root.child(plan.text)).refresh()
+    frozen = frozen_of(spec, root)
+    latents, text = TensorCache(root.child(frozen.latents)).refresh(), TensorCache(root.child(frozen.text)).refresh()
     family = locate(spec.base, root).family
     schedule = family.noise_schedule(locate(spec.base, root).folder)
-    sampler = Sampler(len(plan.train), 3, seed=5, variants=2)
-    batches = Batches(plan.train, plan.empty, Source(latents, text, (1.0, 0.0)), sampler, schedule, spec, 0, 1)
+    sampler = Sampler(len(frozen.train), 3, seed=5, variants=2)
+    batches = Batches(frozen.train, frozen.empty, Source(latents, text, (1.0, 0.0)), sampler, schedule, spec, 0, 1)
     for step in range(8):
         [batch] = batches.of(step)
         for row, draw in enumerate(sampler.batch(step)):
-            item = plan.train[draw.example]
+            item = frozen.train[draw.example]
             assert torch.equal(batch.text[row], text.read([item.text])[0])
             moments = latents.read([item.latents[draw.variant]])[0]
             drawn = draw_randomness((spec.seed, "step", step, draw.index), (4, 16, 16), 1000, 0.0, 0.0)
@@ -137,13 +137,13 @@ def test_each_latent_keeps_its_own_caption_after_shuffling(world):
 def test_the_thread_that_reads_ahead_has_no_pool_of_threads(world):
     """With one, OpenMP would count more threads than cores, and the model's own pool would sleep between two pieces of work."""
     spec, root, _ = world
-    plan = plan_of(spec, root)
-    source = Source(TensorCache(root.child(plan.latents)), TensorCache(root.child(plan.text)), (1.0, 0.0))
+    frozen = frozen_of(spec, root)
+    source = Source(TensorCache(root.child(frozen.latents)), TensorCache(root.child(frozen.text)), (1.0, 0.0))
     schedule = locate(spec.base, root).family.noise_schedule(locate(spec.base, root).folder)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        batches = Batches(plan.train, plan.empty, source, Sampler(6, 6, seed=0), schedule, spec, 0, 1)
+        batches = Batches(frozen.train, frozen.empty, source, Sampler(6, 6, seed=0), schedule, spec, 0, 1)
         assert batches._reader.submit(torch.get_num_threads).result() == 1
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == 2, "nor does one that computes later lose its own"
@@ -155,12 +155,12 @@ def test_the_thread_that_reads_ahead_has_no_pool_of_threads(world):
 def test_caption_dropout_is_drawn_each_step(world):
     spec, root, _ = world
     spec = override(spec, {"loss.caption_dropout": 0.5, "optim.batch_size": 6})
-    plan = plan_of(spec, root)
-    text = TensorCache(root.child(plan.text)).refresh()
-    source = Source(TensorCache(root.child(plan.latents)).refresh(), text, (1.0, 0.0))
+    frozen = frozen_of(spec, root)
+    text = TensorCache(root.child(frozen.text)).refresh()
+    source = Source(TensorCache(root.child(frozen.latents)).refresh(), text, (1.0, 0.0))
     schedule = locate(spec.base, root).family.noise_schedule(locate(spec.base, root).folder)
-    batches = Batches(plan.train, plan.empty, source, Sampler(6, 6, seed=0), schedule, spec, 0, 1)
-    [empty] = text.read([plan.empty])
+    batches = Batches(frozen.train, frozen.empty, source, Sampler(6, 6, seed=0), schedule, spec, 0, 1)
+    [empty] = text.read([frozen.empty])
     dropped = [[torch.equal(row, empty) for row in batches.of(step)[0].text] for step in range(40)]
     assert len({tuple(row) for row in dropped}) > 20
     assert 0.35 < sum(map(sum, dropped)) / 240 < 0.65
@@ -169,14 +169,14 @@ def test_caption_dropout_is_drawn_each_step(world):
 def test_samples_have_noise_of_their_own_on_every_rank_and_the_same_at_every_world_size(world):
     spec, root, _ = world
     spec = override(spec, {"optim.batch_size": 6})
-    plan = plan_of(spec, root)
-    text = TensorCache(root.child(plan.text)).refresh()
-    source = Source(TensorCache(root.child(plan.latents)).refresh(), text, (1.0, 0.0))
+    frozen = frozen_of(spec, root)
+    text = TensorCache(root.child(frozen.text)).refresh()
+    source = Source(TensorCache(root.child(frozen.latents)).refresh(), text, (1.0, 0.0))
     schedule = locate(spec.base, root).family.noise_schedule(locate(spec.base, root).folder)
 
     def noise(world_size):
         ranks = [
-            Batches(plan.train, plan.empty, source, Sampler(6, 6, seed=0), schedule, spec, rank, world_size)
+            Batches(frozen.train, frozen.empty, source, Sampler(6, 6, seed=0), schedule, spec, rank, world_size)
             for rank in range(world_size)
         ]
         return torch.cat([rank.of(4)[0].noise for rank in ranks])

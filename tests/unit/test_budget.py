@@ -150,9 +150,9 @@ def test_no_more_trials_are_asked_for_than_the_budget_says(tmp_path, store, sear
 def driver_of(tmp_path, body):
     """A driver that starts nothing by itself."""
     spec, root = load(SearchSpec, body), Storage(str(tmp_path))
-    plan, room = SimpleNamespace(train=(0, 1, 2, 3)), Room(2, 1, 0)
+    frozen, room = SimpleNamespace(train=(0, 1, 2, 3)), Room(2, 1, 0)
     store, record = records.storage_of(root, "s"), SearchRecord("s", {}, {})
-    return Driver(spec, recipe_of("lora-demo"), record, root, store, plan, (), room, print, threading.Event())
+    return Driver(spec, recipe_of("lora-demo"), record, root, store, frozen, (), room, print, threading.Event())
 
 
 def test_the_hours_of_a_driver_that_is_killed_count(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from raysd.errors import StorageError
 from raysd.models.sd import StableDiffusion
 from raysd.references import Located, identity, locate
 from raysd.storage import Storage
-from raysd.train.plan import make_plan
+from raysd.train.frozen import freeze
 from tests.versions import flip
 
 
@@ -76,8 +76,8 @@ def test_a_cache_is_named_by_the_parts_that_the_family_encodes_with(tiny_base, t
     located, spec = Located("base", base), load(TrainingSpec, {"data": {"source": "x"}, "optim": {"steps": 1}})
 
     def names():
-        plan = make_plan(Dataset((), (), None, "digest"), located, spec)
-        return plan.latents, plan.text
+        frozen = freeze(Dataset((), (), None, "digest"), located, spec)
+        return frozen.latents, frozen.text
 
     def name(kind, *parts):
         return f"cache/{kind}/{identity(base, *parts)[:16]}-fp32"
@@ -105,10 +105,10 @@ def test_editing_a_part_of_the_base_changes_the_keys_of_what_that_part_encodes(
     dataset = prepare(spec.data, storage)
 
     def keys():
-        plan = make_plan(dataset, locate(spec.base, storage), spec)
-        items = (*plan.train, *plan.validation)
-        latents = {f"{plan.latents}/{key}" for item in items for key in item.latents}
-        return latents, {f"{plan.text}/{key}" for key in (plan.empty, *(item.text for item in items))}
+        frozen = freeze(dataset, locate(spec.base, storage), spec)
+        items = (*frozen.train, *frozen.validation)
+        latents = {f"{frozen.latents}/{key}" for item in items for key in item.latents}
+        return latents, {f"{frozen.text}/{key}" for key in (frozen.empty, *(item.text for item in items))}
 
     latents, texts = keys()
     assert min(len(latents), len(texts)) > 10

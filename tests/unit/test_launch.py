@@ -112,8 +112,8 @@ def test_a_run_goes_on_with_other_workers_and_with_no_other_arithmetic(root, spe
         existing_run(root, "run", override(spec, {"scale.precision": "bf16"}))
     seen = []
     monkeypatch.setattr(launch, "check_devices", seen.append)
-    monkeypatch.setattr(launch.Plan, "load", lambda run: SimpleNamespace(base=""))
-    monkeypatch.setattr(Launch, "run_all", lambda self, record, plan: seen.append(record))
+    monkeypatch.setattr(launch.FrozenData, "load", lambda run: SimpleNamespace(base=""))
+    monkeypatch.setattr(Launch, "run_all", lambda self, record, frozen: seen.append(record))
     wider = override(spec, {"scale.workers": 2, "scale.zero_stage": 2})
     train(wider, "run", root, quiet)
     assert seen[0] == wider, "looked for before anything is written"
@@ -121,7 +121,7 @@ def test_a_run_goes_on_with_other_workers_and_with_no_other_arithmetic(root, spe
 
 
 def test_a_run_that_another_process_began_meanwhile_is_not_taken_for_new(root, spec, monkeypatch):
-    monkeypatch.setattr(launch, "plan_for", lambda *_: begun(root, spec, status="finished"))
+    monkeypatch.setattr(launch, "frozen_for", lambda *_: begun(root, spec, status="finished"))
     monkeypatch.setattr(Launch, "run_all", lambda *_: pytest.fail("begun"))
     with pytest.raises(LeaseHeld, match="run run: another process had it meanwhile"):
         train(spec, "run", root, quiet)
@@ -138,8 +138,8 @@ def test_a_run_goes_on_as_it_is_once_its_lease_is_held(root, spec, monkeypatch):
         return reads[-1]
 
     monkeypatch.setattr(launch, "existing_run", existing)
-    monkeypatch.setattr(launch.Plan, "load", lambda run: SimpleNamespace(base=""))
-    monkeypatch.setattr(Launch, "run_all", lambda self, record, plan: record)
+    monkeypatch.setattr(launch.FrozenData, "load", lambda run: SimpleNamespace(base=""))
+    monkeypatch.setattr(Launch, "run_all", lambda self, record, frozen: record)
     assert train(spec, "run", root, quiet).version == "cats@1"
 
 
@@ -166,13 +166,13 @@ def test_secrets_of_urls_stay_in_the_record(root, spec, monkeypatch):
     said = []
     monkeypatch.setattr(request, "_refuse_unfit", lambda *_: None)
     monkeypatch.setattr(request, "prepare", lambda *_: SimpleNamespace(report=None, train=[], validation=[]))
-    monkeypatch.setattr(request, "make_plan", lambda *_: SimpleNamespace(train=[1], validation=[]))
+    monkeypatch.setattr(request, "freeze", lambda *_: SimpleNamespace(train=[1], validation=[]))
     body = preview(asked, "run", root, said.append)
     from raysd.train.publish import _lineage
 
     located = SimpleNamespace(version=None, family=SimpleNamespace(name="sd"), ref="tiny-sd")
-    plan = SimpleNamespace(base_digest="", data_digest="", train=[], validation=[])
-    lineage = _lineage(record, SimpleNamespace(step=1, progress=launch.Progress()), located, plan)
+    frozen = SimpleNamespace(base_digest="", data_digest="", train=[], validation=[])
+    lineage = _lineage(record, SimpleNamespace(step=1, progress=launch.Progress()), located, frozen)
     for shown in (body, said, lineage, runs.public(record)):
         assert "https://host.test/x.zip" in str(shown)
         assert not [word for word in ("word@", "user", "deadbeef") if word in str(shown)]
@@ -189,13 +189,13 @@ def test_a_run_that_goes_on_is_published_again_and_a_finished_one_once(root, spe
     asked = override(spec, {"publish.model": "cats"})
     record = begun(root, asked)
     located = SimpleNamespace(version=None, family=SimpleNamespace(name="sd"), ref="tiny-sd")
-    plan = SimpleNamespace(base_digest="", data_digest="", train=[], validation=[])
+    frozen = SimpleNamespace(base_digest="", data_digest="", train=[], validation=[])
     monkeypatch.setattr(publishing, "write_files", write)
     found = []
     for step in (3, 10, 10):
         chosen = SimpleNamespace(step=step, progress=launch.Progress())
         monkeypatch.setattr(publishing, "chosen_checkpoint", lambda *_, chosen=chosen: chosen)
-        version = publishing.publish(record, asked, root, runs.storage_of(root, "run"), located, plan)
+        version = publishing.publish(record, asked, root, runs.storage_of(root, "run"), located, frozen)
         found.append((version.ref, version.record["run"]["step"]))
     assert found == [("cats@1", 3), ("cats@2", 10), ("cats@2", 10)]
 
@@ -311,10 +311,10 @@ def test_what_a_long_run_reads_is_kept_from_eviction(root, monkeypatch):
     TensorCache(space).write({"a": torch.ones(3)})
     [index] = [space.local_path(entry.path) for entry in space.list("index")]
     item = SimpleNamespace(latents=("a",), text="t", caption="")
-    plan = SimpleNamespace(train=(item,), validation=(), empty="e", latents="cache/latents/space", text="cache/text")
+    frozen = SimpleNamespace(train=(item,), validation=(), empty="e", latents="cache/latents/space", text="cache/text")
     for _ in range(2):  # again and again
         os.utime(index, (time.time() - 0.9 * FRESH_SECONDS,) * 2)
-        with encode.keeping_caches(plan, root):
+        with encode.keeping_caches(frozen, root):
             end = time.monotonic() + 60
             while time.time() - index.stat().st_mtime > 1000:
                 assert time.monotonic() < end

@@ -29,7 +29,7 @@ def job(tmp_path, monkeypatch):
         search="s",
         spec=spec,
         training=recipe_of("lora-demo"),
-        shared_plan=False,
+        shared_data=False,
         here=False,
         pictures=4,
         gpus=0,
@@ -57,7 +57,7 @@ def record_of(job):
     return found
 
 
-def trains(spec, name, root, watch, plan, asked, here):
+def trains(spec, name, root, watch, frozen, asked, here):
     for step, loss in enumerate(LOSSES, 1):
         watch({"kind": "validation", "step": step, "validation_loss": loss})
     return SimpleNamespace(finished=True)
@@ -90,7 +90,7 @@ def test_a_trial_that_trained_to_its_end_is_over_with_its_last_validation(job, m
     monkeypatch.setattr(SearchTrial, "_scores", lambda self: {"kid": 0.25})
     losses = LOSSES if length == "all its steps" else LOSSES[:3]
 
-    def whole_run(spec, name, root, watch, plan, asked, here):
+    def whole_run(spec, name, root, watch, frozen, asked, here):
         for step, loss in enumerate(losses, 1):
             watch({"kind": "validation", "step": step, "validation_loss": loss})
         return SimpleNamespace(finished=True)
@@ -112,7 +112,7 @@ def test_a_trial_that_lacked_its_scores_when_the_search_ended_is_over_with_them(
 
 
 def test_a_trial_that_runs_out_of_memory_is_over_with_a_reason_and_the_worst_of_all(job, monkeypatch):
-    def short(spec, name, root, watch, plan, asked, here):
+    def short(spec, name, root, watch, frozen, asked, here):
         watch({"kind": "validation", "step": 1, "validation_loss": 0.5})
         raise OutOfMemory("out of memory on node-1\ntry: a smaller batch")
 
@@ -124,7 +124,7 @@ def test_a_trial_that_runs_out_of_memory_is_over_with_a_reason_and_the_worst_of_
 
 
 def test_a_value_that_is_no_number_wins_nothing(job, monkeypatch):
-    def blows_up(spec, name, root, watch, plan, asked, here):
+    def blows_up(spec, name, root, watch, frozen, asked, here):
         watch({"kind": "validation", "step": 1, "validation_loss": float("nan")})
         return SimpleNamespace(finished=True)
 
@@ -147,7 +147,7 @@ def test_settings_that_another_trial_is_training_are_not_trained_twice(job, monk
     """It waits for the other one's end, tells what that told, and leaves its record alone."""
     store = records.storage_of(Storage(job.root), "s")
 
-    def held(spec, name, root, watch, plan, asked, here):
+    def held(spec, name, root, watch, frozen, asked, here):
         other = records.TrialRecord(key_of(VALUES), VALUES, name, status="finished", reports=reports)
         records.write_trial(store, other)
         raise LeaseHeld("run s-x is held")

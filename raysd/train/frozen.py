@@ -21,7 +21,7 @@ FILE = "plan.json"
 
 
 @dataclass(frozen=True)
-class Plan:
+class FrozenData:
     """The data of a run. `latents` and `text` name the cache spaces under the storage's root."""
 
     train: tuple[Item, ...]
@@ -33,13 +33,13 @@ class Plan:
     data_digest: str
     base_digest: str
     base: str = ""
-    """What `spec.base` meant when the plan was made, as a version's number: an alias may have moved since."""
+    """What `spec.base` meant when the data were frozen, as a version's number: an alias may have moved since."""
 
     def save(self, run: Storage) -> None:
         run.write(FILE, json.dumps(asdict(self)).encode())
 
     @classmethod
-    def load(cls, run: Storage) -> "Plan":
+    def load(cls, run: Storage) -> "FrozenData":
         body = json.loads(run.read(FILE))
         for name in ("train", "validation"):
             body[name] = tuple(_item(row) for row in body[name])
@@ -47,13 +47,13 @@ class Plan:
         return cls(**body)
 
 
-def make_plan(dataset: Dataset, located: Located, spec: TrainingSpec) -> Plan:
+def freeze(dataset: Dataset, located: Located, spec: TrainingSpec) -> FrozenData:
     """Keys hold all that an encoding depends on and nothing else: never the learning rate."""
     folder, family = located.folder, located.family
     balanced = spec.data.balance != "none"
-    return Plan(
-        train=tuple(_plan_item(example, spec, spec.data.augment.variants) for example in dataset.train),
-        validation=tuple(_plan_item(example, spec, 1) for example in dataset.validation),
+    return FrozenData(
+        train=tuple(_item_of(example, spec, spec.data.augment.variants) for example in dataset.train),
+        validation=tuple(_item_of(example, spec, 1) for example in dataset.validation),
         weights=tuple(example.weight for example in dataset.train) if balanced else None,
         empty=text_key(""),
         latents=f"cache/latents/{identity(folder, family.autoencoder_part)[:16]}-fp32",
@@ -80,9 +80,9 @@ def cut_captions(dataset: Dataset, located: Located) -> str | None:
     return f"{counted(len(cut), 'caption')} {what}: {named(cut)}" if cut else None
 
 
-def base_of(spec: TrainingSpec, plan: Plan | None) -> str:
-    """The reference of a run's base: the plan's where there is one, but that files may lie elsewhere by now."""
-    return plan.base if plan is not None and plan.base and not Path(plan.base).is_absolute() else spec.base
+def base_of(spec: TrainingSpec, frozen: FrozenData | None) -> str:
+    """The reference of a run's base: what it meant when its data were frozen, but that files may lie elsewhere by now."""
+    return frozen.base if frozen is not None and frozen.base and not Path(frozen.base).is_absolute() else spec.base
 
 
 def total_steps(spec: TrainingSpec, pictures: int) -> int:
@@ -93,9 +93,9 @@ def total_steps(spec: TrainingSpec, pictures: int) -> int:
     return max(1, -int(-spec.optim.epochs * pictures // spec.optim.batch_size))
 
 
-def captions(plan: Plan) -> dict[str, str]:
+def captions(frozen: FrozenData) -> dict[str, str]:
     """{key: caption} of every caption that the run needs, the empty one included."""
-    return {plan.empty: "", **{item.text: item.caption for item in (*plan.train, *plan.validation)}}
+    return {frozen.empty: "", **{item.text: item.caption for item in (*frozen.train, *frozen.validation)}}
 
 
 def latent_key(example: Example, spec: TrainingSpec, index: int) -> str:
@@ -108,7 +108,7 @@ def text_key(caption: str) -> str:
     return _digest(caption)
 
 
-def _plan_item(example: Example, spec: TrainingSpec, variants: int) -> Item:
+def _item_of(example: Example, spec: TrainingSpec, variants: int) -> Item:
     keys = tuple(latent_key(example, spec, index) for index in range(variants))
     return Item(keys, example.caption, text_key(example.caption), example.path, example.id)
 
