@@ -86,7 +86,7 @@ def importances(spec: SearchSpec, found: Sequence[TrialRecord]) -> dict[str, flo
     for trial, found_cost in zip(counted, costs, strict=True):
         study.add_trial(
             optuna.create_trial(
-                params={path: _plain(trial.values[path]) for path in varied},
+                params={path: _within(_plain(trial.values[path]), space[path]) for path in varied},
                 distributions={path: _plain_choices(space[path]) for path in varied},
                 value=found_cost,
             )
@@ -200,6 +200,11 @@ def _number(spec: SearchSpec, path: str, trial: TrialRecord) -> float:
 
 def _counted(domain: Any) -> bool:
     return isinstance(domain, Choice) and not all(isinstance(value, int | float) for value in domain.values)
+
+
+def _within(value: Any, found: Any) -> Any:
+    """A number drawn as the exponential of a logarithm may lie a rounding error outside its range."""
+    return min(max(value, found.low), found.high) if hasattr(found, "low") else value
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """Search specs, spaces, records and reports: what can be said without running a trial."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -431,6 +432,16 @@ def test_importances_find_the_parameter_that_matters(training):
     weights = report.importances(spec, found)
     assert weights["optim.lr"] > 0.8
     assert sum(weights.values()) == pytest.approx(1)
+
+
+def test_a_value_that_rounding_put_outside_its_range_counts_as_its_end():
+    spec = load(SearchSpec, {**SPEC, "budget": {"trials": 8}})
+    end, found = spec.space["optim.lr"].high, []
+    for n in range(8):
+        values = {"optim.lr": math.nextafter(end, 1) if n % 2 else end / (n + 2), "method.rank": 4}
+        reports = ({"step": 1, "epoch": 1.0, "validation_loss": n % 2 + 0.01 * n, "seconds": 1.0},)
+        found.append(TrialRecord(f"k{n}", values, f"s-{n}", "finished", reports=reports))
+    assert report.importances(spec, found) == {"optim.lr": pytest.approx(1)}
 
 
 def test_a_trial_that_failed_counts_as_the_worst_for_importances():
