@@ -1,9 +1,11 @@
 """Running a service from the command line: until it is interrupted, on this machine or on the cluster of RAY_ADDRESS."""
 
+import io
 import os
 import signal
 import threading
 from collections.abc import Callable, Container, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ def run(
         if shared:
             serve.delete(NAME)  # others may serve on that cluster too
         else:
-            serve.shutdown()
+            _shut_down()
 
 
 def _refuse_open(spec: ServingSpec, host: str, named: str) -> None:
@@ -109,6 +111,14 @@ def _refuse_absent(options: Mapping[str, Any]) -> None:
     for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs"):
         if options.get(name) and not Path(options[name]).is_file():
             raise RequestError(f"http_options.{name}: {options[name]}: no such file")
+
+
+def _shut_down() -> None:
+    """End Serve. Its controller dies in the midst of that call, as it should, and Ray would report it in red."""
+    from ray import serve
+
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        serve.shutdown()
 
 
 def _running() -> Any:

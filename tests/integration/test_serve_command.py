@@ -120,8 +120,9 @@ def test_it_draws_splits_is_measured_and_ends(running: Running) -> None:
     running.family = psutil.Process(running.process.pid).children(recursive=True)
     assert running.family
     running.process.send_signal(signal.SIGTERM)
-    _, errors = running.process.communicate(timeout=60)
+    said, errors = running.process.communicate(timeout=60)
     assert running.process.returncode == 0, errors
+    assert "failed" not in said + errors, "ending is no failure"
     _, left = psutil.wait_procs(running.family, timeout=10)
     assert not left
 
