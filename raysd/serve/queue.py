@@ -148,18 +148,16 @@ class Queue:
         Returns the digests of its owner's uploads that it started from and nothing else does. The files of pictures are
         there until `Generations.sweep`. Again does nothing more. Raises NotFound.
         """
-        _check(id)
+        owner = self.get(id).owner
         started_from: set[str] = set()
-        owners: list[str | None] = []
 
         def work(session: Session, now: float) -> Sequence[PredictionRow]:
             row = _locked(session, id)
             started_from.update(uploads.named(row.drawing))
-            owners.append(row.owner)
             return claims.delete(session, now, row)
 
         self._ending(work)
-        return started_from and started_from - self._needed(owners[0])
+        return started_from and started_from - self._needed(owner)
 
     def expire(self) -> int:
         """End those past their deadline, and those that were claimed too often. How many; again if it is many."""

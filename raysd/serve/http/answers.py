@@ -81,9 +81,9 @@ async def finished(
 
 def check(last: Prediction) -> Prediction:
     """A prediction that has its pictures. Raises Refused saying why it has none."""
-    if last.status == "succeeded" and not last.pictures:
-        raise Refused(404, "its pictures are kept no longer", headers=NEVER_AGAIN)
     if last.status == "succeeded":
+        if not last.pictures:
+            raise Refused(404, "its pictures are kept no longer", headers=NEVER_AGAIN)
         return last
     if last.status == "failed":
         error = last.error or "drawing failed"
